@@ -1,0 +1,58 @@
+"""What ftlab raises when the fault is the user's input or the world's, never our own.
+
+Every other exception is a bug in ftlab and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FtlabError(Exception):
+    """Shown to the user as its message alone; ``exit_code`` becomes the process's."""
+
+    exit_code = 1
+
+
+class ConfigError(FtlabError):
+    """A value the user gave cannot work: which key, what is wrong with it, what to type instead.
+
+    Args:
+        key: dotted path of the configuration key, e.g. ``trainer.batch_size``.
+        problem: the value seen and the rule it breaks.
+        fix: an override to paste, or one short sentence where no override can help.
+    """
+
+    exit_code = 2
+
+    def __init__(self, key: str, problem: str, fix: str | None = None):
+        self.key, self.problem, self.fix = key, problem, fix
+        super().__init__(key, problem, fix)  # these args keep it picklable across processes
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.problem}" + (f"\n  try: {self.fix}" if self.fix else "")
+
+
+class ConfigErrors(FtlabError):  # noqa: N818 - several of them
+    """All that is wrong with one configuration, reported together."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[ConfigError]):
+        self.problems = list(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class DataError(FtlabError):
+    """The data cannot be read or used; the message names file and row."""
+
+    exit_code = 2
+
+
+class NonFiniteError(FtlabError):
+    """A loss or gradient is NaN or infinite; the message names the step and its samples."""
+
+    exit_code = 3

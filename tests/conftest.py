@@ -1,0 +1,23 @@
+"""Shared by all tests: one thread per process, the real data where it is, small helpers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported: tiny tensors gain nothing from threads, and parallel test workers lose nine-fold to them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real rows and a real tokenizer that the project does not carry, for their licences."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is not here: it holds the real Alpaca rows and the Llama 2 tokenizer")
+    return SHARED_DATA
