@@ -1,0 +1,342 @@
+"""Rows become samples with exactly the prompt masked; what is cut, dropped or held out is told."""
+
+import json
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftlab import IGNORE_INDEX
+from ftlab.data.batch import collate
+from ftlab.data.sft import AlpacaDataset, InstructDataset, common_prefix_len
+from ftlab.data.split import draw_validation
+from ftlab.data.templates import AlpacaTemplate
+from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
+from ftlab.errors import ConfigError, DataError
+
+
+class PlainTemplate:
+    """A prompt short enough to count its bytes."""
+
+    def render(self, instruction, input):
+        return f"{instruction}{input}:"
+
+
+class StanfordTemplate(AlpacaTemplate):
+    """Alpaca's prompt without the newline at its end, as in Stanford's own training script."""
+
+    def render(self, instruction, input):
+        return super().render(instruction, input).removesuffix("\n")
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A dataset over the given rows; bytes as tokens, so that lengths can be counted by hand."""
+
+    def make_(rows, cls=InstructDataset, **changes):
+        file = tmp_path / "rows.json"
+        file.write_text(json.dumps([{"input": ""} | row for row in rows]))
+        values = {
+            "source": "json",
+            "data_files": str(file),
+            "split": "train",
+            "column_map": {"instruction": "instruction", "input": "input", "output": "output", "family": None},
+            "template": PlainTemplate(),
+            "train_on_input": False,
+            "shuffle": True,
+            "val_fraction": 0.0,
+            "max_samples": None,
+            "too_long": "truncate",
+            "tokenizer": ByteTokenizer(),
+            "seq_len": 64,
+            "seed": 0,
+            "progress": None,
+        }
+        return cls(**values | changes)
+
+    return make_
+
+
+@pytest.fixture(scope="module")
+def llama2(shared_data):
+    return SentencePieceTokenizer(path=str(shared_data / "llama2_tokenizer.model"))
+
+
+@pytest.fixture
+def alpaca(make, llama2, shared_data):
+    """The 999 real rows with the real tokenizer, nothing cut."""
+
+    def alpaca_(**changes):
+        values = {
+            "data_files": str(shared_data / "alpaca_en_demo.json"),
+            "template": AlpacaTemplate(),
+            "tokenizer": llama2,
+            "seq_len": 1024,
+        }
+        return make([], **values | changes)
+
+    return alpaca_
+
+
+@pytest.fixture(scope="module")
+def alpaca_rows(shared_data):
+    return json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+
+
+def rows(n):
+    return [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(n)]
+
+
+def learned_text(dataset, index):
+    """What the targets of one sample spell."""
+    targets = collate([dataset.train.sample(index)], pad_id=0).targets[0].tolist()
+    return ByteTokenizer().decode([t for t in targets if t != IGNORE_INDEX])
+
+
+# ---- tokens and masks ------------------------------------------------------------------------------------
+
+
+def test_only_the_answer_and_its_eos_are_trained(make):
+    dataset = make([{"instruction": "2+2", "output": "4"}])
+    assert dataset.train.tokens(0).tolist() == ByteTokenizer().encode("2+2:4", bos=True, eos=True)
+    assert dataset.train.sample(0).trained.tolist() == [False] * 5 + [True, True]
+    assert learned_text(dataset, 0) == "4"
+
+
+def test_train_on_input_trains_every_token_that_has_one_before_it(make):
+    dataset = make([{"instruction": "2+2", "output": "4"}], train_on_input=True)
+    assert learned_text(dataset, 0) == "2+2:4"
+    assert dataset.report["train"]["target_tokens"] == 6  # five bytes and EOS
+
+
+def test_on_all_real_rows_the_mask_covers_exactly_the_prompt(alpaca, alpaca_rows, llama2):
+    dataset = alpaca()
+    template = AlpacaTemplate()
+    assert len(dataset.train) == len(alpaca_rows) == 999
+    for i, row in enumerate(alpaca_rows):
+        sample = dataset.train.sample(i)
+        prompt = template.render(row["instruction"], row["input"])
+        # By characters, not by tokenising the prompt again: decode what is masked, and what is not.
+        n_masked = int((~sample.trained).sum())
+        assert not sample.trained[:n_masked].any()
+        assert llama2.decode(sample.tokens[:n_masked]) == prompt
+        assert llama2.decode(sample.tokens) == prompt + row["output"]
+    assert dataset.report["train"]["merged_boundary_rows"] == 0
+
+
+def test_on_all_real_rows_the_tokens_are_those_of_the_whole_text_with_bos_and_eos(alpaca, alpaca_rows, llama2):
+    dataset = alpaca()
+    template = AlpacaTemplate()
+    for i, row in enumerate(alpaca_rows):
+        text = template.render(row["instruction"], row["input"]) + row["output"]
+        assert dataset.train.tokens(i).tolist() == [1, *llama2.encode(text, bos=False, eos=False), 2]
+
+
+def test_a_token_that_merges_prompt_and_answer_is_trained_and_counted(alpaca, alpaca_rows, llama2):
+    dataset = alpaca(template=StanfordTemplate())
+    assert dataset.report["train"]["merged_boundary_rows"] == 57
+    template = StanfordTemplate()
+    for i, row in enumerate(alpaca_rows):
+        prompt = template.render(row["instruction"], row["input"])
+        tokens, prompt_len = dataset.train.tokens(i), dataset.train.prompt_len(i)
+        assert prompt.startswith(llama2.decode(tokens[:prompt_len]))  # no character of the answer is masked
+        assert len(llama2.decode(tokens[: prompt_len + 1])) > len(prompt) or not row["output"]
+
+
+@pytest.mark.parametrize(
+    ("prompt_ids", "ids", "expected"),
+    [([1, 5], [1, 5, 7, 2], 2), ([1, 5], [1, 9, 2], 1), ([1, 5, 6], [1, 5], 2), ([1, 5], [1, 5, 2], 2)],
+)
+def test_the_common_prefix_ends_where_the_tokens_part(prompt_ids, ids, expected):
+    assert common_prefix_len(prompt_ids, ids) == expected
+
+
+def test_an_empty_output_is_kept_and_counted(make):
+    dataset = make([{"instruction": "q", "output": ""}, *rows(1)])
+    assert len(dataset.train) == 2
+    assert dataset.report["train"]["empty_output_rows"] == 1
+    assert dataset.train.sample(0).trained.tolist() == [False, False, False, True]  # BOS q : EOS
+    assert dataset.report["warnings"] == ["1 of 2 train rows with an empty output: kept, they teach to say nothing"]
+
+
+def test_evaluation_gets_prompt_answer_and_family(make):
+    row = {"instruction": "q", "input": " in", "output": " an answer", "kind": "easy"}
+    columns = {"instruction": "instruction", "input": "input", "output": "output", "family": "kind"}
+    dataset = make([row], column_map=columns).train
+    assert ByteTokenizer().decode(dataset.prompt_tokens(0)) == "q in:"
+    assert (dataset.answer(0), dataset.family(0), dataset.sample_id(0)) == (" an answer", "easy", 0)
+
+
+def test_an_answer_keeps_its_first_space_with_sentencepiece_too(make):
+    tiny = SentencePieceTokenizer(path="tiny")
+    dataset = make([{"instruction": "q", "output": " two words"}], tokenizer=tiny, template=AlpacaTemplate())
+    assert dataset.train.answer(0) == " two words"
+
+
+def test_render_prompt_is_what_the_samples_were_made_with(make):
+    dataset = make(rows(1), template=AlpacaTemplate(), seq_len=256)
+    assert ByteTokenizer().decode(dataset.train.prompt_tokens(0)) == dataset.render_prompt("q0")
+
+
+# ---- too long --------------------------------------------------------------------------------------------
+
+LONG = {"instruction": "abc", "output": "0123456789"}  # BOS abc: 0123456789 EOS: 16 tokens
+
+
+def test_truncate_cuts_the_eos_too(make):
+    dataset = make([LONG], seq_len=10)
+    assert dataset.train.tokens(0).tolist() == ByteTokenizer().encode("abc:01234", bos=True, eos=False)
+    assert dataset.report["train"]["too_long_rows"] == 1
+    assert dataset.report["warnings"] == [
+        "1 of 1 train rows longer than seq_len=10 tokens (longest 16): cut, their EOS too"
+    ]
+
+
+def test_truncate_keep_eos_puts_it_back(make):
+    dataset = make([LONG], seq_len=10, too_long="truncate_keep_eos")
+    assert dataset.train.tokens(0).tolist() == ByteTokenizer().encode("abc:0123", bos=True, eos=True)
+
+
+def test_drop_leaves_the_row_out_and_keeps_row_numbers(make):
+    dataset = make([rows(1)[0], LONG, rows(2)[1]], seq_len=10, too_long="drop")
+    assert [dataset.train.sample_id(i) for i in range(len(dataset.train))] == [0, 2]
+    assert dataset.report["train"]["dropped_too_long_rows"] == 1
+
+
+def test_error_names_count_longest_row_and_a_sufficient_seq_len(make):
+    with pytest.raises(DataError, match=r"1 of 3 train rows .* seq_len=10 tokens, the longest 16 \(row 1\)") as caught:
+        make([rows(1)[0], LONG, rows(2)[1]], seq_len=10, too_long="error")
+    assert "try: seq_len=16" in str(caught.value)
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "truncate_keep_eos", "drop", "error"])
+def test_a_row_that_just_fits_is_left_alone(make, too_long):
+    dataset = make([LONG], seq_len=16, too_long=too_long)
+    assert len(dataset.train.tokens(0)) == 16
+    assert dataset.report["train"]["too_long_rows"] == 0
+
+
+@pytest.mark.parametrize(("too_long", "seq_len"), [("truncate", 5), ("truncate_keep_eos", 6)])
+def test_a_row_whose_answer_is_cut_away_wholly_is_dropped(make, too_long, seq_len):
+    dataset = make([LONG, {"instruction": "", "output": "a"}], seq_len=seq_len, too_long=too_long)
+    assert [dataset.train.sample_id(i) for i in range(len(dataset.train))] == [1]
+    assert dataset.report["train"]["dropped_without_answer_rows"] == 1
+    assert make([LONG], seq_len=seq_len, too_long=too_long, train_on_input=True).train.sample(0).trained.all()
+
+
+def test_with_no_row_left_the_counts_per_filter_are_told(make):
+    with pytest.raises(DataError, match=r"none of 3 train rows is left: 0 dropped .* seq_len=4, 3 dropped because"):
+        make([LONG] * 3, seq_len=4)
+    with pytest.raises(DataError, match=r"none of 3 train rows is left: 3 dropped as longer than seq_len=4, 0 "):
+        make([LONG] * 3, seq_len=4, too_long="drop")
+
+
+# ---- split -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    digests=st.lists(st.integers(0, 12), min_size=2, max_size=60),
+    fraction=st.floats(0.01, 0.9),
+    seed=st.integers(0, 5),
+)
+def test_equal_rows_are_never_on_both_sides(digests, fraction, seed):
+    digests = np.array(digests, dtype=np.uint64)
+    try:
+        held_out = draw_validation(digests, fraction, seed)
+    except ConfigError:  # nothing left to train on
+        return
+    assert not set(digests[held_out]) & set(digests[~held_out])
+    assert held_out.any()
+    assert not held_out.all()
+
+
+def test_the_split_has_the_share_asked_for_and_follows_the_seed(make):
+    splits = [make(rows(100), val_fraction=0.1, seed=seed) for seed in (0, 0, 1)]
+    held_out = [[d.validation.sample_id(i) for i in range(len(d.validation))] for d in splits]
+    assert len(held_out[0]) == 10
+    assert held_out[0] == held_out[1] != held_out[2]
+    trained = [splits[0].train.sample_id(i) for i in range(90)]
+    assert sorted(trained + held_out[0]) == list(range(100))
+
+
+def test_a_fraction_of_zero_holds_nothing_out(make):
+    assert make(rows(3)).validation is None
+
+
+def test_max_samples_takes_the_first_rows_before_the_split(make):
+    dataset = make(rows(100), max_samples=10, val_fraction=0.2)
+    ids = [part.sample_id(i) for part in (dataset.train, dataset.validation) for i in range(len(part))]
+    assert sorted(ids) == list(range(10))
+    assert len(dataset.validation) == 2
+
+
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(make):
+    with pytest.raises(ConfigError, match=r"dataset\.val_fraction: 0\.5 leaves nothing to train on: 2 rows, 1 of them"):
+        make([LONG, LONG], val_fraction=0.5)
+
+
+def test_null_needs_a_source_with_validation_rows(make):
+    with pytest.raises(ConfigError, match=r"dataset\.val_fraction: is null, but dataset\.source=json brings no"):
+        make(rows(3), val_fraction=None)
+
+
+def test_the_tiny_set_brings_its_own_validation_rows(make):
+    columns = {"instruction": "instruction", "input": "input", "output": "output", "family": "family"}
+    dataset = make([], source="tiny", data_files=None, val_fraction=None, seq_len=512, column_map=columns)
+    assert len(dataset.validation) == 240
+    assert dataset.validation.family(0) is not None
+
+
+# ---- report and values -----------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_follows_tokens_masks_and_split(make):
+    base = make(rows(20), val_fraction=0.2).fingerprint
+    assert make(rows(20), val_fraction=0.2).fingerprint == base
+    changed = [
+        make(rows(21), val_fraction=0.2),
+        make(rows(20), val_fraction=0.2, train_on_input=True),
+        make(rows(20), val_fraction=0.2, seed=1),
+        make(rows(20), val_fraction=0.2, template=AlpacaTemplate(), seq_len=512),
+        make(rows(20), val_fraction=0.2, seq_len=5),
+    ]
+    assert base not in {dataset.fingerprint for dataset in changed}
+
+
+def test_the_report_counts_what_the_data_holds_and_is_plain_json(make):
+    report = make([LONG, LONG, *rows(2)], max_samples=3).report
+    json.dumps(report)
+    assert (report["rows"], report["duplicate_rows"]) == (3, 1)
+    train = report["train"]
+    assert (train["rows"], train["samples"], train["tokens"], train["max_row_tokens"]) == (3, 3, 16 + 16 + 7, 16)
+    assert train["target_tokens"] == 11 + 11 + 3
+    assert sum(train["row_tokens_histogram"]["counts"]) == 3
+
+
+def test_the_progress_bar_reaches_its_total(make):
+    seen = []
+
+    @contextmanager
+    def progress(name, total):
+        seen.append((name, total))
+        yield lambda n: seen.append(n)
+
+    make(rows(50), val_fraction=0.1, progress=progress)
+    assert seen == [("tokenising", 50), 45, 5]
+
+
+def test_use_clean_is_told_in_the_report(make):
+    assert make(rows(2), cls=AlpacaDataset, use_clean=True).report["use_clean"] is True
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("too_long", "cut"), ("val_fraction", 1.0), ("val_fraction", -0.1), ("max_samples", 0)]
+)
+def test_a_value_out_of_range_names_its_key(make, key, value):
+    with pytest.raises(ConfigError) as caught:
+        make(rows(2), **{key: value})
+    assert caught.value.key == f"dataset.{key}"
+    assert str(value) in str(caught.value)

@@ -1,0 +1,236 @@
+"""Rows come in from every kind of file, and each kind of broken one names what is broken and where."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from ftlab.data.sources import read_rows
+from ftlab.errors import ConfigError, DataError
+
+COLUMNS = {"instruction": "instruction", "input": "input", "output": "output", "family": None}
+ROWS = [
+    {"instruction": "Add.", "input": "1, 2", "output": "03"},
+    {"instruction": "Two\nlines", "input": "", "output": "NA, naïve 😀"},
+]
+
+
+def read(source, data_files=None, **column_map):
+    return read_rows(source=source, data_files=data_files, split="train", column_map=COLUMNS | column_map).train
+
+
+def write(path, rows):
+    """The same rows in the format of the file's suffix."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        lines = [",".join(f'"{value}"' for value in row.values()) for row in rows]
+        path.write_text("\n".join([",".join(rows[0]), *lines]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("source", ["json", "jsonl", "csv", "parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, source):
+    assert read(source, write(tmp_path / f"rows.{source}", ROWS)).to_pylist() == ROWS
+
+
+def test_json_lines_are_read_under_the_name_json_too(tmp_path):
+    assert read("json", write(tmp_path / "rows.jsonl", ROWS)).to_pylist() == ROWS
+
+
+def test_files_come_in_the_order_given_and_globs_sorted(tmp_path):
+    for name in "cab":
+        write(tmp_path / f"{name}.json", [ROWS[0] | {"output": name}])
+    assert read("json", str(tmp_path / "*.json"))["output"].to_pylist() == ["a", "b", "c"]
+    listed = [str(tmp_path / "c.json"), str(tmp_path / "a.json")]
+    assert read("json", listed)["output"].to_pylist() == ["c", "a"]
+
+
+@pytest.mark.parametrize("source", ["json", "csv"])
+def test_columns_are_mapped_by_name(tmp_path, source):
+    file = write(tmp_path / f"rows.{source}", [{"question": "Why?", "reply": "So.", "kind": "why", "noise": "x"}])
+    table = read(source, file, instruction="question", input=None, output="reply", family="kind")
+    assert table.to_pylist() == [{"instruction": "Why?", "output": "So.", "family": "why"}]
+
+
+@pytest.mark.parametrize("source", ["json", "parquet"])
+def test_a_null_input_is_an_empty_one(tmp_path, source):
+    file = write(tmp_path / f"rows.{source}", [ROWS[0] | {"input": None}, ROWS[1]])
+    assert read(source, file)["input"].to_pylist() == ["", ""]
+
+
+@pytest.mark.parametrize("source", ["json", "csv"])
+def test_an_edited_file_is_read_anew(tmp_path, source):
+    file = tmp_path / f"rows.{source}"
+    first = read(source, write(file, ROWS))
+    second = read(source, write(file, [ROWS[1], ROWS[0]]))
+    assert second.to_pylist() == first.to_pylist()[::-1]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(ROWS), encoding="utf-8-sig")
+    assert read("json", str(file)).to_pylist() == ROWS
+
+
+# ---- what is wrong, and where ----------------------------------------------------------------------------
+
+
+def test_a_missing_file_names_the_path_tried(tmp_path):
+    with pytest.raises(ConfigError, match=rf"dataset\.data_files: no file at {tmp_path}/absent\.json"):
+        read("json", str(tmp_path / "absent.json"))
+
+
+def test_a_glob_without_a_match_names_the_pattern(tmp_path):
+    with pytest.raises(ConfigError, match=r"no file at .*/\*\.json"):
+        read("json", str(tmp_path / "*.json"))
+
+
+def test_a_file_format_without_files_asks_for_them():
+    with pytest.raises(ConfigError, match=r"dataset\.data_files: is None"):
+        read("json")
+
+
+def test_files_beside_a_hub_id_are_not_silently_ignored():
+    with pytest.raises(ConfigError, match=r"'rows\.json' would not be read.*\n.*dataset\.source=json"):
+        read("someone/some-set", "rows.json")
+
+
+def test_broken_json_names_file_line_and_column(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text('[\n {"instruction": "a",\n  "output" "b"}\n]')
+    with pytest.raises(DataError, match=rf"{file}:3:12: broken JSON: Expecting ':' delimiter"):
+        read("json", str(file))
+
+
+def test_broken_json_lines_name_file_line_and_column(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    good = json.dumps(ROWS[0])
+    file.write_text("\n".join([good] * 16 + [good.replace(":", "", 1)]) + "\n")
+    with pytest.raises(DataError, match=rf"{file}:17:16: broken JSON"):
+        read("jsonl", str(file))
+
+
+@pytest.mark.parametrize("source", ["json", "jsonl"])
+def test_a_missing_field_names_row_and_keys_found(tmp_path, source):
+    rows = [dict(ROWS[0]) for _ in range(50)]
+    rows[41] = {"instruction": "a", "input": "", "response": "b"}
+    with pytest.raises(DataError, match=r"row 41 of .* no field 'output'; fields found: instruction, input, response"):
+        read(source, write(tmp_path / f"rows.{source}", rows))
+
+
+def test_rows_are_counted_through_all_files(tmp_path):
+    first = write(tmp_path / "a.json", ROWS)
+    second = write(tmp_path / "b.json", [ROWS[0], {"instruction": "a", "input": ""}])
+    with pytest.raises(DataError, match=r"row 3 of .*b\.json has no field 'output'"):
+        read("json", [first, second])
+
+
+@pytest.mark.parametrize("source", ["csv", "parquet"])
+def test_a_missing_column_names_the_columns_found(tmp_path, source):
+    file = write(tmp_path / f"rows.{source}", [{"instruction": "a", "input": "", "response": "b"}])
+    with pytest.raises(DataError, match="no field 'output'; fields found: instruction, input, response"):
+        read(source, file)
+
+
+def test_a_set_without_input_says_how_to_map_none(tmp_path):
+    file = write(tmp_path / "rows.json", [{"instruction": "a", "output": "b"}])
+    with pytest.raises(DataError, match=r"no field 'input'.*\n  try: dataset\.column_map\.input=null"):
+        read("json", file)
+    assert len(read("json", file, input=None)) == 1
+
+
+@pytest.mark.parametrize(("value", "kind"), [(["a"], "list"), (4, "int"), (None, "NoneType"), ({}, "dict")])
+def test_a_json_value_of_the_wrong_type_names_row_and_type(tmp_path, value, kind):
+    file = write(tmp_path / "rows.json", [ROWS[0], ROWS[1] | {"output": value}])
+    with pytest.raises(DataError, match=rf"'output' \(output\) of row 1 .* must be text, but is {kind}"):
+        read("json", file)
+
+
+def test_a_parquet_column_of_the_wrong_type_names_the_type(tmp_path):
+    file = write(tmp_path / "rows.parquet", [ROWS[0] | {"output": ["a"]}])
+    with pytest.raises(DataError, match=r"'output' \(output\) of row 0 .* must be text, but is list<"):
+        read("parquet", file)
+
+
+def test_a_null_output_names_its_row(tmp_path):
+    file = write(tmp_path / "rows.parquet", [*ROWS, ROWS[0] | {"output": None}])
+    with pytest.raises(DataError, match=r"'output' \(output\) of row 2 .* but is null"):
+        read("parquet", file)
+
+
+def test_a_row_that_is_no_object_names_its_type(tmp_path):
+    with pytest.raises(DataError, match=r"row 1 of .* is a str, not an object"):
+        read("json", write(tmp_path / "rows.json", [ROWS[0], "text"]))
+
+
+@pytest.mark.parametrize("source", ["json", "jsonl", "csv"])
+def test_invalid_utf8_names_file_and_byte_offset(tmp_path, source):
+    file = tmp_path / f"rows.{source}"
+    write(file, ROWS)
+    content = file.read_bytes()
+    offset = content.index(b"Add.")
+    file.write_bytes(content[:offset] + b"\xff" + content[offset:])
+    with pytest.raises(DataError, match=rf"{file} is not UTF-8: byte 0xff at byte offset {offset}\n"):
+        read(source, str(file))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", ""), ("a.json", "[]"), ("a.csv", ""), ("a.csv", "a,b\n")])
+def test_files_without_rows_are_refused(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(DataError, match=r"a\.\w+ holds no rows"):
+        read(file.suffix[1:], str(file))
+
+
+def test_a_ragged_csv_names_the_line(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("instruction,input,output\na,b,c\na,b,c,d\n")
+    with pytest.raises(DataError, match=r"rows\.csv cannot be read as csv: .*line 3"):
+        read("csv", str(file))
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    file = tmp_path / "rows.parquet"
+    file.write_bytes(b"not parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet cannot be read as parquet"):
+        read("parquet", str(file))
+
+
+def test_half_a_surrogate_pair_names_its_row(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + '\n{"instruction": "a", "input": "", "output": "\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"'output' of row 1 .* half a surrogate pair"):
+        read("jsonl", str(file))
+
+
+def test_an_unreachable_hub_names_the_set_and_a_local_way(monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", no_network)
+    with pytest.raises(ConfigError, match=r"tatsu-lab/alpaca.*Name or service not known") as caught:
+        read("tatsu-lab/alpaca")
+    assert caught.value.fix.startswith("dataset.source=json dataset.data_files=")
+
+
+def test_reading_leaves_no_progress_bar_of_another_library(tmp_path, capfd):
+    read("csv", write(tmp_path / "rows.csv", ROWS))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("field", ["instruction", "output"])
+def test_instruction_and_output_have_to_be_mapped(field):
+    with pytest.raises(ConfigError, match=rf"dataset\.column_map\.{field}: is null"):
+        read("tiny", **{field: None})
+
+
+def test_an_unknown_field_in_the_column_map_is_refused():
+    with pytest.raises(ConfigError, match=r"dataset\.column_map\.answer: is no field"):
+        read("tiny", answer="output")
