@@ -1,0 +1,63 @@
+"""One run's record: passes everything on to its loggers and closes the folder however the run ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ftlab.loggers.base import Logger, RunInfo
+from ftlab.outputs import RunFolder, Status
+from ftlab.plots import draw_plots
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """The loggers of one run as one, and its ``run.json``."""
+
+    def __init__(self, folder: RunFolder, loggers: Sequence[Logger]):
+        self.folder = folder
+        self.latest: dict[str, float] = {}  # the newest value of every metric
+        self.artifacts: list[Path] = []
+        self._loggers = loggers
+        self._started = False
+
+    def progress(self, label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress bar of the first logger that has one; ``advance(n)`` after n more items."""
+        for logger in self._loggers:
+            if hasattr(logger, "progress"):
+                return logger.progress(label, total)
+        return _silent()
+
+    def start(self, info: RunInfo) -> None:
+        """Open every logger; before this, nothing is passed on."""
+        for logger in self._loggers:
+            logger.start(info)
+        self._started = True
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Pass on one step's metrics."""
+        self.latest |= metrics
+        for logger in self._loggers:
+            logger.log(metrics, step)
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Pass on answers generated after ``step``."""
+        for logger in self._loggers:
+            logger.log_samples(samples, step)
+
+    def finish(self, status: Status, error: BaseException | None, **fields: Any) -> None:
+        """Draw the plots, close the loggers and ``run.json``; called once, whatever happened before."""
+        if self._started:
+            self.artifacts += draw_plots(self.folder.path)
+            for logger in self._loggers:
+                logger.finish(status, self.latest, self.artifacts)
+        self.folder.finish(status, error=error, metrics=self.latest, **fields)
+
+
+@contextmanager
+def _silent() -> Iterator[Callable[[int], None]]:
+    yield lambda _: None
