@@ -1,0 +1,1 @@
+"""Hydra's side of ftlab: compose, check, resolve, build, explain. Nothing here imports torch before it must."""

@@ -1,0 +1,180 @@
+"""Everything that can be known to be wrong before a run starts, said at once.
+
+In two phases, because importing torch takes longer than a user should wait for "unknown key": names, values,
+contradictions and files first, and when these are in order, whether each ``_target_`` takes its arguments.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ftlab.config.compose import PRIMARY, Composition, compose, hydra_errors, hydra_globals
+from ftlab.config.contradictions import contradictions
+from ftlab.config.files import missing_inputs, output_problem, unwritable
+from ftlab.config.layers import leaves
+from ftlab.config.overrides import several_values
+from ftlab.config.resolve import resolve
+from ftlab.config.resolvers import claim_folder
+from ftlab.config.rules import rule_for
+from ftlab.config.targets import forbidden, misfits
+from ftlab.errors import ConfigError, ConfigErrors
+
+
+def compose_config(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -> dict[str, Any]:
+    """The configuration that ``python train.py <overrides>`` would run, checked, as a plain dict.
+
+    Args:
+        output_dir: the run's folder, recorded as ``paths.output_dir``; None leaves what ``overrides`` say.
+
+    Raises:
+        ConfigErrors: with everything that is wrong.
+    """
+    composition = compose(overrides)
+    config, problems = first_phase(composition)
+    _raise(problems)
+    _raise(misfits(config))
+    if output_dir is not None:
+        config["paths"]["output_dir"] = str(output_dir)
+    return config
+
+
+def check_command_line(argv: Sequence[str]) -> None:
+    """Check what ``train.py`` was started with, and claim the folder of a single run.
+
+    Flags that only show something (``--help``, ``--cfg``, ``--info``...) are left to Hydra; what ``--cfg`` shows
+    need not be runnable, only composable.
+
+    Raises:
+        ConfigErrors: with everything that is wrong, with all jobs of a sweep.
+    """
+    flags = get_args_parser().parse_args(list(argv))
+    shows = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion, flags.experimental_rerun)
+    search = {"primary": flags.config_name or PRIMARY, "extra_dir": flags.config_dir}
+    if any(shows):
+        _raise(compose(flags.overrides, **search).problems if flags.cfg else [])
+        return
+    master = compose(flags.overrides, sweep=True, **search)
+    if flags.multirun or master.cfg.hydra.mode == RunMode.MULTIRUN:
+        _check_jobs(master, flags.overrides, search)
+        return
+    config, problems = first_phase(master)
+    problems += map(several_values, master.given.sweeps)
+    folder = _output_folder(master.cfg, "run.dir", problems)
+    _raise(problems)
+    _raise(misfits(config))
+    try:
+        claim_folder(folder)
+    except OSError as error:
+        _raise([unwritable(Path(folder).absolute(), error.errno or errno.EIO)])
+
+
+def check_job(cfg: DictConfig) -> dict[str, Any]:
+    """The plain configuration of the job that Hydra is running, in its folder.
+
+    Values are checked once more: a sweeper that picks them as it goes could not be asked before.
+    """
+    config, problems = resolve(cfg)
+    problems += _check_values(config, None)
+    _raise(problems)
+    config["paths"]["output_dir"] = HydraConfig.get().runtime.output_dir
+    return config
+
+
+def first_phase(composition: Composition) -> tuple[dict[str, Any], list[ConfigError]]:
+    """All checks that need no torch."""
+    with hydra_globals(composition.cfg):
+        config, problems = resolve(composition.cfg)
+    hydra_node = OmegaConf.to_container(composition.cfg.hydra, resolve=False)
+    return config, [
+        *composition.problems,
+        *problems,
+        *_check_values(config, composition),
+        *forbidden(hydra_node, "hydra", for_hydra=True),
+    ]
+
+
+def _check_values(config: dict[str, Any], composition: Composition | None) -> Iterator[ConfigError]:
+    values = dict(leaves(config))
+    fine = dict(values)
+    for key, value in values.items():
+        rule = rule_for(key, composition.default(key) if composition else None)
+        problems = list(rule.check(key, value)) if rule else []
+        if problems:
+            del fine[key]
+        for problem in problems:
+            yield _with_origin(problem, key, composition)
+    yield from contradictions(fine)
+    yield from missing_inputs(fine)
+    yield from forbidden(config)
+
+
+def _with_origin(problem: ConfigError, key: str, composition: Composition | None) -> ConfigError:
+    """Say which file set the value, when the user's own command line did not."""
+    history = composition.history(key) if composition else []
+    if not history or history[-1].where.startswith("command line"):
+        return problem
+    return ConfigError(problem.key, f"{problem.problem} ({history[-1].where})", problem.fix)
+
+
+def _output_folder(cfg: DictConfig, key: str, problems: list[ConfigError]) -> str:
+    """The folder that ``hydra.<key>`` names; adds to ``problems`` when no run can be written there."""
+    try:
+        with hydra_globals(cfg), hydra_errors():
+            folder = str(OmegaConf.select(cfg.hydra, key, throw_on_missing=True))
+    except ConfigErrors as errors:
+        if not problems:  # else it is their consequence: the folder's name holds the run's
+            problems += errors.problems
+        return ""
+    if (problem := output_problem(folder)) is not None:
+        problems.append(problem)
+    return folder
+
+
+def _check_jobs(master: Composition, overrides: Sequence[str], search: dict[str, Any]) -> None:
+    """Check every job of a sweep; a problem that several jobs have is told once, for the first."""
+    problems = list(master.problems)
+    _output_folder(master.cfg, "sweep.dir", problems)
+    told = {(problem.key, problem.problem) for problem in problems}
+    configs: list[dict[str, Any]] = []
+    for number, job in enumerate(_jobs(master, overrides)):
+        composition = compose(job, **search)
+        config, found = first_phase(composition)
+        configs.append(config)
+        for problem in found:
+            if (problem.key, problem.problem) not in told:
+                told.add((problem.key, problem.problem))
+                swept = f"{problem.problem} [job {number}: {' '.join(job)}]"
+                problems.append(ConfigError(problem.key, swept, problem.fix))
+    _raise(problems)
+    _raise({str(problem): problem for config in configs for problem in misfits(config)}.values())
+
+
+def _jobs(master: Composition, overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job; of a sweeper that chooses as it goes, one job without the swept keys."""
+    sweeper = master.cfg.hydra.sweeper
+    typed = [text for text in overrides if not text.lstrip("+~").startswith("hydra.")]
+    own = [text for text in overrides if text not in typed]
+    swept = {text for override in master.given.sweeps if (text := override.input_line)}
+    if sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}":
+        return [[text for text in overrides if text not in swept]]
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    with hydra_errors(master.problems):
+        parsed = OverridesParser.create().parse_overrides([*params, *typed])
+        [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [[*own, *job] for job in jobs]
+
+
+def _raise(problems: Sequence[ConfigError] | Iterator[ConfigError] | Any) -> None:
+    found = list(problems)
+    if found:
+        raise ConfigErrors(found)

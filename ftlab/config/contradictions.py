@@ -1,0 +1,84 @@
+"""Values that are each in order and cannot be together. No torch, no files: arithmetic on the plain configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ftlab.config.rules import override
+from ftlab.errors import ConfigError
+
+Values = Mapping[str, Any]
+
+
+def contradictions(values: Values) -> Iterator[ConfigError]:
+    """Check ``values`` (dotted key to value). Keys that are missing, or broken already, take part in no rule."""
+    for rule in (_length, _portions, _warmup, _sequence, _heads):
+        yield from rule(values)
+
+
+def _has(values: Values, *keys: str) -> bool:
+    """Whether all of ``keys`` are there, null or not."""
+    return all(key in values for key in keys)
+
+
+def _are_set(values: Values, *keys: str) -> bool:
+    return all(values.get(key) is not None for key in keys)
+
+
+def _length(values: Values) -> Iterator[ConfigError]:
+    epochs, max_steps = "trainer.epochs", "trainer.max_steps"
+    if not _has(values, epochs, max_steps) or (values[epochs] is None) != (values[max_steps] is None):
+        return
+    state = "neither is" if values[epochs] is None else f"both are: {values[epochs]} and {values[max_steps]}"
+    fix = override(epochs, 3) if values[epochs] is None else override(epochs, None)
+    yield ConfigError(epochs, f"set exactly one of {epochs} and {max_steps}, {state}", fix)
+
+
+def _portions(values: Values) -> Iterator[ConfigError]:
+    batch, accumulation, whole = (
+        f"trainer.{name}" for name in ("batch_size", "gradient_accumulation_steps", "global_batch_size")
+    )
+    if not _has(values, batch, accumulation, whole):
+        return
+    if (values[accumulation] is None) == (values[whole] is None):
+        state = "neither is" if values[whole] is None else f"both are: {values[accumulation]} and {values[whole]}"
+        fix = override(accumulation, 1) if values[whole] is None else override(accumulation, None)
+        yield ConfigError(whole, f"set exactly one of {accumulation} and {whole}, {state}", fix)
+    elif values[whole] is not None and values[batch] is not None and values[whole] % values[batch]:
+        # How many ranks there are is known later; a multiple for one rank is needed whatever their number.
+        problem = f"{values[whole]} is not a multiple of {batch} × data-parallel ranks = {values[batch]} × 1"
+        multiple = max(1, round(values[whole] / values[batch])) * values[batch]
+        yield ConfigError(whole, problem, override(whole, multiple))
+
+
+def _warmup(values: Values) -> Iterator[ConfigError]:
+    steps, ratio, max_steps = "scheduler.warmup_steps", "scheduler.warmup_ratio", "trainer.max_steps"
+    if _are_set(values, steps, ratio):
+        state = f"both are: {values[steps]} and {values[ratio]}"
+        yield ConfigError(steps, f"set at most one of {steps} and {ratio}, {state}", override(ratio, None))
+    if _are_set(values, steps, max_steps) and values[steps] > values[max_steps]:
+        problem = f"{values[steps]} is more than {max_steps} = {values[max_steps]}: the warmup would never end"
+        yield ConfigError(steps, problem, override(steps, values[max_steps] // 10))
+
+
+def _sequence(values: Values) -> Iterator[ConfigError]:
+    length, limit = "seq_len", "model.max_seq_len"
+    if _are_set(values, length, limit) and values[length] > values[limit]:
+        problem = f"{values[length]} is more than the model's {limit} = {values[limit]}"
+        yield ConfigError(length, problem, override(length, values[limit]))
+
+
+def _heads(values: Values) -> Iterator[ConfigError]:
+    dim, heads, kv_heads, head_dim = (f"model.{name}" for name in ("dim", "n_heads", "n_kv_heads", "head_dim"))
+    if _are_set(values, heads, kv_heads) and values[heads] % values[kv_heads]:
+        problem = f"{values[heads]} is not a multiple of {kv_heads} = {values[kv_heads]}"
+        yield ConfigError(heads, problem, override(kv_heads, values[heads]))
+    if not _are_set(values, dim, heads) or head_dim not in values:
+        return
+    if values[head_dim] is None and values[dim] % values[heads]:
+        problem = f"{values[dim]} is not a multiple of {heads} = {values[heads]}, and {head_dim} is null"
+        yield ConfigError(dim, problem, override(dim, -(-values[dim] // values[heads]) * values[heads]))
+    elif (size := values[head_dim] or values[dim] // values[heads]) % 2:
+        problem = f"{size} is odd: rotary embeddings turn pairs of dimensions"
+        yield ConfigError(head_dim, problem, override(head_dim, size + 1))

@@ -1,0 +1,84 @@
+"""The files a configuration is made of, in order of precedence: who says what, and on which line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.default_element import ResultDefault
+from omegaconf import OmegaConf
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One leaf of one file: its raw value (interpolations unresolved) and ``conf/optimizer/adamw.yaml:9``."""
+
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One file's share of the configuration.
+
+    A layer up to the primary config *defines* keys; what comes after it (experiment, local, debug) may only
+    change them, so that a misspelt key in a recipe is an error like one on the command line.
+    """
+
+    name: str
+    defines: bool
+    settings: dict[str, Setting]
+
+
+def read_layers(loader: ConfigLoaderImpl, defaults: list[ResultDefault], primary: str) -> list[Layer]:
+    """The files behind Hydra's final defaults list, weakest first. Hydra's own are left out."""
+    roots = [Path(source.path) for source in loader.get_sources() if source.scheme() == "file"]
+    layers: list[Layer] = []
+    defines = True
+    for default in defaults:
+        path = default.config_path
+        if path is None or path.startswith("hydra/"):
+            continue
+        file = next((root / f"{path}.yaml" for root in roots if (root / f"{path}.yaml").is_file()), None)
+        if file is None:
+            continue
+        settings = _read(file, f"{file.parents[path.count('/')].name}/{path}.yaml", default.package or "")
+        layers.append(Layer(path, defines, settings))
+        defines = defines and path != primary
+    return layers
+
+
+def _read(file: Path, shown: str, package: str) -> dict[str, Setting]:
+    prefix = "" if package in ("", "_global_") else package.removeprefix("_global_.") + "."
+    parsed = _parse(file.read_text(encoding="utf-8"))
+    return {prefix + key: Setting(value, f"{shown}:{line}") for key, (value, line) in parsed.items()}
+
+
+@cache  # by text: the jobs of a sweep are made of the same files
+def _parse(text: str) -> dict[str, tuple[Any, int]]:
+    content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    assert isinstance(content, dict), f"an option is a mapping, not {content!r}"
+    lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
+    ours = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
+    return {key: (value, lines[key]) for key, value in leaves(ours)}
+
+
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything that is not a non-empty mapping; a list is one value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield prefix + key.value, key.start_mark.line + 1
+            yield from _lines(value, f"{prefix}{key.value}.")

@@ -1,0 +1,94 @@
+"""What a command line says, taken apart: options chosen, values set, Hydra's own settings, and the unreadable."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from ftlab.errors import ConfigError
+
+Options = Mapping[str, Sequence[str]]
+
+
+@dataclass
+class CommandLine:
+    """Overrides by kind. Those with a problem are in no list but ``problems``; a sweep's are in ``sweeps``."""
+
+    choices: dict[str, Override] = field(default_factory=dict)
+    values: list[Override] = field(default_factory=list)
+    hydra: list[Override] = field(default_factory=list)
+    sweeps: list[Override] = field(default_factory=list)
+    problems: list[ConfigError] = field(default_factory=list)
+
+
+def read_overrides(overrides: Sequence[str], options: Options) -> CommandLine:
+    """Parse ``overrides``; ``options`` are the groups with the options of each."""
+    line = CommandLine()
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            given = parser.parse_override(text)
+        except HydraException as error:
+            line.problems.append(_unreadable(text, str(error)))
+            continue
+        key = given.key_or_group
+        if given.is_delete():
+            line.problems.append(ConfigError(key, f"{text} would take it out of the configuration; set it instead"))
+        elif given.is_sweep_override():
+            line.sweeps.append(given)
+        elif key.startswith("hydra."):
+            line.hydra.append(given)
+        elif key in options and not isinstance(given.value(), dict):
+            _choose(given, options[key], line)
+        else:
+            line.values.append(given)
+    return line
+
+
+def several_values(given: Override) -> ConfigError:
+    """The error for an override that sweeps where one run was asked for."""
+    problem = f"{text_of(given)} names several values: -m makes a run of each, [...] makes a list of them"
+    return ConfigError(given.key_or_group, problem, f"-m {text_of(given)}")
+
+
+def text_of(override: Override) -> str:
+    """The override as it was typed."""
+    assert override.input_line is not None
+    return override.input_line
+
+
+def _unreadable(text: str, told: str) -> ConfigError:
+    if "=" not in text:
+        return ConfigError(text, "is not an override; those read key=value")
+    key, _, value = text.partition("=")
+    if "[" in key:
+        plain = re.sub(r"\[(\w+)\]", r".\1", key)
+        return ConfigError(key, "is not how an element of a list is named", f"{plain}={value}")
+    return ConfigError(key, f"cannot be read: {told.splitlines()[0]}", f"{key}=\"'{value}'\"   (as text)")
+
+
+def _choose(given: Override, options: Sequence[str], line: CommandLine) -> None:
+    """Add the choice of an option that exists, once per group."""
+    group, text, value = given.key_or_group, text_of(given), given.value()
+    names: list[Any] = value if isinstance(value, list) else ["null" if value is None else value]
+    unknown = [str(name) for name in names if str(name) not in options or value is None]
+    before = line.choices.get(group)
+    if given.is_add() or given.is_force_add() or given.package:
+        problem = f"{text} would place a second {group} in the configuration"
+        line.problems.append(ConfigError(group, problem, f"{group}={names[0]}"))
+    elif unknown:
+        nearest = difflib.get_close_matches(unknown[0], options, n=1, cutoff=0.3) or list(options[:1])
+        problem = f"has no option {unknown[0]!r}; choices: {', '.join(options)}"
+        line.problems.append(ConfigError(group, problem, f"{group}={nearest[0]}" if nearest else None))
+    elif before is not None and before.value() != value:
+        problem = f"two options are given: {text_of(before)} and {text}"
+        line.problems.append(ConfigError(group, problem, text))
+    else:
+        line.choices[group] = given

@@ -1,0 +1,105 @@
+"""The objects a configuration names in ``_target_``: which are allowed, and whether their arguments fit.
+
+``_target_`` is code that a text file runs, so the list of what may run is short, and it is checked twice: the
+name before anything is imported, and the object that the name led to (``ftlab.outputs.os.system`` begins well).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ftlab.config.rules import override
+from ftlab.errors import ConfigError
+
+_ALLOWED = re.compile(r"ftlab(\.[A-Za-z]\w*)+|torch\.optim\.[A-Z]\w*")
+_ALLOWED_FOR_HYDRA = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)(\.\w+)+")
+_RULE = "allowed are the classes of ftlab.* and the optimizers of torch.optim"
+CONTROL = frozenset({"_target_", "_partial_"})  # Hydra's _args_, _convert_, _recursive_ have no use here
+
+
+def nodes(tree: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Dotted key and node of every mapping with a ``_target_``, at any depth, in lists too."""
+    if isinstance(tree, Mapping):
+        if "_target_" in tree:
+            yield key, tree
+        for name, child in tree.items():
+            yield from nodes(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for i, child in enumerate(tree):
+            yield from nodes(child, f"{key}[{i}]")
+
+
+def forbidden(tree: Any, key: str = "", *, for_hydra: bool = False) -> Iterator[ConfigError]:
+    """The targets in ``tree`` whose name is not in the allowlist. Imports nothing."""
+    for where, node in nodes(tree, key):
+        target = node["_target_"]
+        allowed = isinstance(target, str) and (
+            _ALLOWED.fullmatch(target) or (for_hydra and _ALLOWED_FOR_HYDRA.fullmatch(target))
+        )
+        if not allowed:
+            yield ConfigError(f"{where}._target_".lstrip("."), f"{target!r} is not in the allowlist: {_RULE}")
+
+
+def locate(target: str, key: str) -> type:
+    """Import the class that ``target`` names, which an allowed package must itself define.
+
+    A class, because building one is all that a configuration is for: a function may do anything, write a file too.
+
+    Raises:
+        ConfigError: when it is not in the allowlist, does not exist or cannot be imported.
+    """
+    for problem in forbidden({"_target_": target}, key):
+        raise problem
+    key = f"{key}._target_".lstrip(".")
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except AttributeError:
+        names = dir(importlib.import_module(module))
+        nearest = difflib.get_close_matches(name, names, n=1)
+        fix = f"{module}.{nearest[0]}" if nearest else None
+        raise ConfigError(key, f"{module} has no {name}", fix) from None
+    except ImportError as error:
+        raise ConfigError(key, f"{target} cannot be imported: {error}") from error
+    home = str(getattr(found, "__module__", ""))
+    package = "torch.optim" if target.startswith("torch.") else "ftlab"
+    if not inspect.isclass(found) or not home.startswith(f"{package}."):
+        kind = f"{'a class' if inspect.isclass(found) else 'no class'} of {home or 'no module'}"
+        raise ConfigError(key, f"{target!r} is not in the allowlist: it is {kind}, {_RULE}")
+    return found
+
+
+def misfits(tree: Any, key: str = "") -> Iterator[ConfigError]:
+    """Where the arguments of a node are not those of its target. Imports the targets, so torch too.
+
+    A ``_partial_`` node may lack arguments: the others arrive at run time.
+    """
+    for where, node in nodes(tree, key):
+        try:
+            target = locate(node["_target_"], where)
+        except ConfigError as problem:
+            yield problem
+            continue
+        yield from _unbound(target, node, where)
+
+
+def _unbound(target: type, node: Mapping[str, Any], where: str) -> Iterator[ConfigError]:
+    parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    given = {str(name): value for name, value in node.items() if name not in CONTROL}
+    for name, value in given.items():
+        if name not in named and not takes_any:
+            nearest = difflib.get_close_matches(name, named, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            fix = override(f"{where}.{nearest[0]}", value) if nearest else None
+            yield ConfigError(f"{where}.{name}", f"{node['_target_']} takes no {name}{hint}", fix)
+    if not node.get("_partial_", False):
+        for name, parameter in named.items():
+            if parameter.default is parameter.empty and name not in given:
+                yield ConfigError(f"{where}.{name}", f"{node['_target_']} needs it, and it is not given")

@@ -1,0 +1,228 @@
+"""Wrong input is named before anything runs: the key, the value, the rule and what to type instead."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ftlab.config.check import check_command_line, compose_config
+from ftlab.config.files import output_problem
+from ftlab.config.targets import forbidden
+from ftlab.errors import ConfigErrors
+
+Problems = Callable[..., str]
+
+# What is typed, and what the answer must contain, in this order.
+WRONG = {
+    "misspelt key": (["optimizer.lrr=1"], ["optimizer.lrr: unknown key; did you mean optimizer.lr?", "try: "]),
+    "misspelt key, added": (["+optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
+    "misspelt key, forced": (["++optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
+    "misspelt key in a mapping": (["optimizer={lr:1,lrr:2}"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
+    "misspelt group of a key": (["optimzer.lr=1"], ["optimzer.lr", "did you mean optimizer.lr?"]),
+    "key without its group": (["max_steps=5"], ["max_steps", "did you mean trainer.max_steps?", "trainer.max_steps=5"]),
+    "key like no other": (["optimizer.zzz=1"], ["optimizer.zzz", "optimizer has lr"]),
+    "key of another option": (["scheduler=constant", "scheduler.min_lr_ratio=0"], ["only scheduler=cosine"]),
+    "group of keys as a value": (["+logger.wandb=5"], ["logger.wandb", "no value", "project"]),
+    "deleted key": (["~optimizer.lr"], ["optimizer.lr", "take it out"]),
+    "key that exists, added": (["+optimizer.lr=1"], ["exists already", "try: optimizer.lr=1"]),
+    "not an override": (["optimizer"], ["optimizer", "key=value"]),
+    "unreadable value": (["run_name=a{b"], ["run_name", "cannot be read"]),
+    "unknown option": (["precision=fp17"], ["precision: has no option 'fp17'", "bf16", "fp32", "try: precision=fp"]),
+    "no option": (["optimizer=null"], ["optimizer", "choices: adamw"]),
+    "two options": (["optimizer=sgd", "optimizer=adamw"], ["optimizer", "two options"]),
+    "second option": (["+optimizer=sgd"], ["optimizer", "second optimizer", "try: optimizer=sgd"]),
+    "mandatory value": (["optimizer.lr='???'"], ["optimizer.lr", "must be given"]),
+    "learning rate too small": (["optimizer.lr=-1"], ["optimizer.lr: must be > 0, got -1", "try: optimizer.lr=2e-05"]),
+    "learning rate no number": (["optimizer.lr=abc"], ["optimizer.lr: must be a number, got 'abc'"]),
+    "learning rate NaN": (["optimizer.lr=nan"], ["optimizer.lr: must be finite, got nan"]),
+    "learning rate infinite": (["optimizer.lr=inf"], ["optimizer.lr: must be finite, got inf"]),
+    "no tokens": (["seq_len=0"], ["seq_len: must be >= 1, got 0", "try: seq_len=1"]),
+    "more tokens than the model": (["seq_len=9999"], ["seq_len: 9999", "model.max_seq_len = 2048", "seq_len=2048"]),
+    "empty batch": (["trainer.batch_size=0"], ["trainer.batch_size: must be >= 1, got 0"]),
+    "no accumulation": (["trainer.gradient_accumulation_steps=0"], ["steps: must be >= 1, got 0"]),
+    "global batch size": (
+        ["trainer.global_batch_size=10", "trainer.batch_size=4"],
+        ["10 is not a multiple of trainer.batch_size × data-parallel ranks = 4 × 1", "trainer.global_batch_size=8"],
+    ),
+    "accumulation and global batch size": (
+        ["trainer.global_batch_size=8", "trainer.gradient_accumulation_steps=1"],
+        ["trainer.global_batch_size", "set exactly one of", "gradient_accumulation_steps"],
+    ),
+    "steps and epochs": (
+        ["trainer.max_steps=5", "trainer.epochs=1"],
+        ["set exactly one of trainer.epochs and trainer.max_steps"],
+    ),
+    "neither steps nor epochs": (["trainer.epochs=null"], ["set exactly one of", "neither"]),
+    "warmup longer than the run": (
+        ["trainer.max_steps=5", "scheduler.warmup_steps=9"],
+        ["scheduler.warmup_steps: 9", "trainer.max_steps = 5"],
+    ),
+    "two warmups": (["scheduler.warmup_steps=9", "scheduler.warmup_ratio=0.1"], ["set at most one of"]),
+    "beta": (["optimizer.betas=[0.9,1.0]"], ["optimizer.betas.1: must be in 0 <= beta < 1, got 1.0"]),
+    "beta by its index": (["optimizer.betas.0=2"], ["0 <= beta < 1", "try: optimizer.betas.0=0.9"]),
+    "index in brackets": (["optimizer.betas[0]=0.8"], ["try: optimizer.betas.0=0.8"]),
+    "one beta": (["optimizer.betas=[0.9]"], ["optimizer.betas: must be a list of 2"]),
+    "negative seed": (["seed=-1"], ["0 <= seed < 2**63", "-1"]),
+    "seed too large": ([f"seed={2**63}"], ["0 <= seed < 2**63", str(2**63)]),
+    "yes as a flag": (["checkpoint.export=y"], ["checkpoint.export: must be true or false, got 'y'", "export=true"]),
+    "fraction as a count": (["trainer.batch_size=2.5"], ["trainer.batch_size: must be a whole number, got 2.5"]),
+    "number as text": (["run_name=2026"], ["run_name: must be text, got 2026", "run_name=\"'2026'\""]),
+    "device": (["device=gpu"], ["device: must be one of auto, cpu, cuda, got 'gpu'", "try: device=cpu"]),
+    "heads": (["model.dim=130"], ["model.dim: 130", "model.n_heads = 4", "try: model.dim=132"]),
+    "key and value heads": (["model.n_kv_heads=3"], ["model.n_heads: 4", "model.n_kv_heads = 3"]),
+    "reference to nothing": (["optimizer.lr=${trainer.lr}"], ["does not exist: optimizer.lr -> trainer.lr"]),
+    "references in a circle": (
+        ["seed=${seq_len}", "seq_len=${trainer.batch_size}", "trainer.batch_size=${seed}"],
+        ["seed -> seq_len -> trainer.batch_size -> seed"],
+    ),
+    "unset environment variable": (["run_name=${oc.env:FTLAB_NOT_SET}"], ["run_name", "FTLAB_NOT_SET"]),
+    "missing rows": (["dataset.data_files=/nowhere/rows.json"], ["dataset.data_files", "/nowhere/rows.json"]),
+    "missing weights": (["model.checkpoint=./no_such_folder"], ["model.checkpoint", "no_such_folder"]),
+    "several values without -m": (["seed=1,2"], ["seed", "-m"]),
+    "Hydra's own key": (["hydra.rum.dir=x"], ["hydra.rum"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_the_answer_names_the_key_the_value_and_the_cure(case: str, problems: Problems) -> None:
+    typed, expected = WRONG[case]
+    answer = problems(*typed)
+    assert re.search(".*".join(map(re.escape, expected)), answer, re.DOTALL), answer
+
+
+def test_everything_wrong_is_told_at_once(problems: Problems) -> None:
+    answer = problems("optimizer.lrr=1", "precision=fp17", "seed=-1", "trainer.batch_size=0", "trainer.epochs=null")
+    for key in ("optimizer.lrr", "precision", "seed", "trainer.batch_size", "trainer.epochs"):
+        assert f"{key}: " in answer
+
+
+def test_the_defaults_have_no_problem(problems: Problems) -> None:
+    assert problems() == ""
+
+
+@pytest.mark.parametrize("file", ["experiment/mine", "debug/mine", "local/default"])
+def test_a_misspelt_key_in_a_file_names_file_and_line(file: str, conf: Path, problems: Problems) -> None:
+    path = conf / f"{file}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("# @package _global_\noptimizer:\n  lrr: 1\n")
+    group, option = file.split("/")
+    answer = problems(*([] if group == "local" else [f"{group}={option}"]))
+    assert f"optimizer.lrr: unknown key (conf/{file}.yaml:3); did you mean optimizer.lr?" in answer
+
+
+def test_a_wrong_value_in_a_file_names_file_and_line(conf: Path, problems: Problems) -> None:
+    (conf / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer:\n  batch_size: 0\n")
+    assert "must be >= 1, got 0 (conf/experiment/mine.yaml:3)" in problems("experiment=mine")
+
+
+@pytest.mark.parametrize("line", ["seed: !!python/object/apply:os.getcwd []", "seed: [1", "seed: 1\nseed: 2"])
+def test_a_file_that_is_no_plain_yaml_names_file_and_line(line: str, conf: Path, problems: Problems) -> None:
+    (conf / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{line}\n")
+    assert re.search(r"conf/experiment/mine\.yaml:\d+:\d+: not valid YAML", problems("experiment=mine"))
+
+
+def test_an_experiment_that_needs_an_unknown_option_says_which(conf: Path, problems: Problems) -> None:
+    text = "# @package _global_\ndefaults:\n  - override /optimizer: adagrad\n"
+    (conf / "experiment" / "mine.yaml").write_text(text)
+    assert "optimizer/adagrad" in problems("experiment=mine")
+
+
+def test_an_option_needs_no_line_in_the_table_to_be_typed(conf: Path, problems: Problems) -> None:
+    with (conf / "loss" / "cross_entropy.yaml").open("a") as file:
+        file.write("temperature: 0.5\nsmooth: true\nsteps: 3\nkind: plain\n")
+    answer = problems("loss.temperature=hot", "loss.smooth=1", "loss.steps=0.5", "loss.kind=7")
+    assert "loss.temperature: must be a number" in answer
+    assert "loss.smooth: must be true or false" in answer
+    assert "loss.steps: must be a whole number" in answer
+    assert "loss.kind: must be text" in answer
+
+
+# ------------------------------------------------------------------------------------------ _target_
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["torch.load", "os.system", "subprocess.run", "builtins.open", "pandas.read_pickle", "sympy.sympify",
+     "ftlab", "torch.utils.collect_env.run", "torch.optim.x.os.system", "torch.optim", "ftlabx.Loss", "ftlab._x.Y", 5],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["{{_target_: {}}}", "{{_target_: {}, _partial_: true}}", "[1, [{{_target_: {}}}]]"])
+def test_a_target_outside_the_allowlist_is_found_wherever_it_is(target: str, place: str) -> None:
+    fine = "ftlab.losses.CrossEntropy"
+    tree = yaml.safe_load(f"{{_target_: {fine}, b: {place.format(target)}}}")
+    assert [f"{target!r} is not in the allowlist" in problem.problem for problem in forbidden(tree)] == [True]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["loss._target_=os.system", "optimizer._target_=os.system", "logger.wandb.tags=[{_target_:os.system}]",
+     "dataset.column_map.input={_target_:os.system}"],
+)  # fmt: skip
+def test_a_target_outside_the_allowlist_is_named_before_it_is_imported(override: str, problems: Problems) -> None:
+    answer = problems("dataset=alpaca", override)
+    assert "'os.system' is not in the allowlist: allowed are the classes of ftlab.*" in answer
+
+
+def test_a_target_by_interpolation_is_checked_too(problems: Problems) -> None:
+    assert "'os.system' is not in the allowlist" in problems("run_name=os.system", "loss._target_=${run_name}")
+
+
+@pytest.mark.parametrize("node", ["launcher", "sweeper"])
+def test_hydras_own_targets_are_checked_too(node: str, problems: Problems) -> None:
+    assert "'os.system' is not in the allowlist" in problems(f"hydra.{node}._target_=os.system")
+
+
+def test_the_second_phase_names_a_class_that_is_not_there() -> None:
+    with pytest.raises(ConfigErrors, match=r"ftlab\.losses has no CrossEntropi\n  try: ftlab\.losses\.CrossEntropy"):
+        compose_config(["loss._target_=ftlab.losses.CrossEntropi"])
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("z_los: 0.0", r"loss\.z_los: ftlab\.losses\.CrossEntropy takes no z_los; did you mean z_loss\?"),
+        ("_partial_: false", r"loss\.z_loss: ftlab\.losses\.CrossEntropy needs it, and it is not given"),
+    ],
+)
+def test_the_second_phase_binds_an_option_to_its_targets_signature(line: str, problem: str, conf: Path) -> None:
+    given = [f"label_smoothing: 0.0\n{line}\n"] + (["z_loss: 0.0\n"] if "z_los:" in line else [])
+    text = "_target_: ftlab.losses.CrossEntropy\n" + "".join(given)
+    (conf / "loss" / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigErrors, match=problem):
+        compose_config(["loss=mine"])
+
+
+# ------------------------------------------------------------------------------------ folders, sweeps
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_that_runs_name(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"name": "llama_tiny", "status": "completed"}))
+    told = str(output_problem(str(tmp_path)))
+    assert "already holds the run 'llama_tiny' (completed)" in told
+    assert f"try: paths.output_dir={tmp_path}_2" in told
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_the_systems_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    told = str(output_problem(str(tmp_path / "file" / "run")))
+    assert f"cannot write to {tmp_path}/file/run: Not a directory (ENOTDIR)" in told
+
+
+def test_a_sweep_is_checked_whole_before_its_first_job(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    with pytest.raises(ConfigErrors) as caught:
+        check_command_line(["-m", "optimizer.lr=1e-3,-1,-2", "trainer.batch_size=8,0", f"paths.output_dir={folder}"])
+    told = [(problem.key, problem.problem) for problem in caught.value.problems]
+    assert [key for key, _ in told] == ["trainer.batch_size", "optimizer.lr", "optimizer.lr"]
+    assert "got 0 [job 1: optimizer.lr=0.001 trainer.batch_size=0" in told[0][1]
+    assert not folder.exists()
+
+
+def test_a_bad_run_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigErrors):
+        check_command_line(["seed=-1", f"paths.output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
