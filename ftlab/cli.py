@@ -1,0 +1,71 @@
+"""The verbs beside training: ``python -m ftlab VERB`` or ``ftlab VERB``.
+
+Each verb is one function that takes its own arguments; torch is imported only by those that need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ftlab.errors import FtlabError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.verb(arguments)
+    except FtlabError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ftlab", description="Fine-tuning as experiments: what there is beside train.py."
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    explain = verbs.add_parser("explain", help="where a configuration value comes from")
+    explain.add_argument("key", help="dotted key, e.g. optimizer.lr")
+    explain.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+    explain.set_defaults(verb=_explain)
+
+    generate = verbs.add_parser("generate", help="ask the model of a finished run")
+    generate.add_argument("run", type=Path, help="run folder, e.g. outputs/latest")
+    generate.add_argument("prompt", help="the instruction; the run's own template is put around it")
+    generate.add_argument("--input", default="", help="further context, Alpaca's input field")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this share of probability")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    generate.set_defaults(verb=_generate)
+    return parser
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from ftlab.config.explain import explain
+
+    print(explain(arguments.key, arguments.overrides))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from ftlab.lab.ask import ask
+
+    ask(
+        arguments.run,
+        arguments.prompt,
+        input=arguments.input,
+        on_text=lambda text: print(text, end="", flush=True),
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    print()

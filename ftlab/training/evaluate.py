@@ -1,0 +1,141 @@
+"""Validation: loss on held-out rows, answers to held-out prompts, exact match where answers are verifiable."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftlab.data.loader import BatchLoader
+from ftlab.data.sft import SFTDataset
+from ftlab.data.tokenizers import Tokenizer
+from ftlab.distributed.base import Parallelism
+from ftlab.distributed.precision import Precision
+from ftlab.losses import Loss
+from ftlab.models.transformer import Transformer
+from ftlab.training.generate import generate
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When and how much to evaluate; ``conf/evaluation/default.yaml`` explains each key."""
+
+    at_start: bool
+    every_steps: int | None
+    batch_size: int
+    max_batches: int | None
+    n_samples: int
+    max_new_tokens: int
+
+
+@dataclass(kw_only=True)
+class Evaluator:
+    """Evaluates a model on the run's validation rows.
+
+    Attributes:
+        loss: plain cross-entropy, whatever the training loss adds, so that ``val/loss`` compares across runs.
+        on_samples: takes the generated samples and the step they belong to.
+    """
+
+    config: EvaluationConfig
+    validation: SFTDataset
+    tokenizer: Tokenizer
+    loss: Loss
+    on_samples: Callable[[list[Sample], int], None]
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether to evaluate after optimizer step ``step``; 0 is before training."""
+        if step == 0:
+            return self.config.at_start
+        every = self.config.every_steps
+        return step == total_steps or (every is not None and step % every == 0)
+
+    def __call__(self, model: Transformer, step: int, precision: Precision, parallel: Parallelism) -> dict[str, float]:
+        """``val/…`` metrics of ``model``; answers are generated once it has trained at all."""
+        model.eval()
+        with torch.no_grad(), precision.autocast(parallel.device):
+            val_loss = self._mean_loss(model, parallel)
+            # exp(700) is about the largest float64: a diverged model still gets a number.
+            metrics = {"val/loss": val_loss, "val/perplexity": math.exp(min(val_loss, 700.0))}
+            if step > 0:
+                samples = self._answer(model, step)
+                metrics |= exact_match(samples)
+                self.on_samples(samples[: self.config.n_samples], step)
+        model.train()
+        return metrics
+
+    def _mean_loss(self, model: Transformer, parallel: Parallelism) -> float:
+        """Mean negative log-likelihood per target token, in nats, over all ranks' rows."""
+        loader = BatchLoader(
+            self.validation,
+            batch_size=self.config.batch_size,
+            gradient_accumulation_steps=1,
+            shuffle=False,
+            seed=0,
+            dp_rank=parallel.dp_rank,
+            dp_size=parallel.dp_size,
+            pad_id=self.tokenizer.pad_id,
+        )
+        # Sums over a whole validation set in float64: in float32 the order of batches would show.
+        total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
+        for micro_batches in islice(loader.steps(0), self.config.max_batches):
+            for batch in micro_batches:
+                batch = batch.to(parallel.device)
+                nll: Tensor = model(batch.tokens, batch.targets, self.loss)
+                total[0] += nll
+                total[1] += batch.n_targets
+        nll_sum, n_targets = parallel.sum(total).tolist()
+        return nll_sum / n_targets
+
+    def _answer(self, model: Transformer, step: int) -> list[Sample]:
+        """Greedy answers: to every validation prompt if answers are verifiable, else to the first ``n_samples``."""
+        dataset = self.validation
+        verifiable = dataset.family(0) is not None
+        n = len(dataset) if verifiable else min(self.config.n_samples, len(dataset))
+        if verifiable and self.config.max_batches is not None:
+            n = min(n, self.config.max_batches * self.config.batch_size)
+        answers = generate(
+            model,
+            [dataset.prompt_tokens(i) for i in range(n)],
+            max_new_tokens=self.config.max_new_tokens,
+            eos_id=self.tokenizer.eos_id,
+            temperature=0.0,
+            top_p=1.0,
+            seed=0,
+        )
+        return [self._sample(i, answer, step) for i, answer in enumerate(answers)]
+
+    def _sample(self, i: int, answer: list[int], step: int) -> Sample:
+        dataset = self.validation
+        generated, reference = self.tokenizer.decode(answer).strip(), dataset.answer(i).strip()
+        family = dataset.family(i)
+        return {
+            "step": step,
+            "sample_id": dataset.sample_id(i),
+            "prompt": self.tokenizer.decode(dataset.prompt_tokens(i)),
+            "generated": generated,
+            "reference": reference,
+            "family": family,
+            "correct": generated == reference if family is not None else None,
+        }
+
+
+def exact_match(samples: list[Sample]) -> dict[str, float]:
+    """Share of right answers by task family, ``val/exact_match/<family>``, and over all, ``val/exact_match``."""
+    verdicts: defaultdict[str, list[bool]] = defaultdict(list)
+    for sample in samples:
+        if sample["family"] is not None:
+            verdicts[f"val/exact_match/{sample['family']}"].append(sample["correct"])
+    if not verdicts:
+        return {}
+    every = [correct for family in verdicts.values() for correct in family]
+    by_family = {name: sum(family) / len(family) for name, family in sorted(verdicts.items())}
+    return {"val/exact_match": sum(every) / len(every)} | by_family

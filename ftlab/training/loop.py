@@ -1,0 +1,231 @@
+"""The training loop: one for every model, data layout, precision and number of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ftlab.data.batch import Batch
+from ftlab.data.loader import BatchLoader
+from ftlab.distributed.base import Parallelism
+from ftlab.distributed.precision import Precision
+from ftlab.errors import ConfigError
+from ftlab.losses import Loss
+from ftlab.training.evaluate import Evaluator
+from ftlab.training.metrics import PhaseClock, peak_memory_gib
+from ftlab.training.state import FiniteGuard, TrainState
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long and in what portions to train; ``conf/trainer/default.yaml`` explains each key."""
+
+    epochs: int | None
+    max_steps: int | None
+    max_steps_per_epoch: int | None
+    batch_size: int
+    gradient_accumulation_steps: int | None
+    global_batch_size: int | None
+    max_grad_norm: float | None
+    log_every_steps: int
+
+    def accumulation_steps(self, dp_size: int) -> int:
+        """Micro-batches per optimizer step, given or derived from ``global_batch_size``."""
+        if self.global_batch_size is None:
+            assert self.gradient_accumulation_steps is not None  # ftlab/config/check.py
+            return self.gradient_accumulation_steps
+        per_micro_step = self.batch_size * dp_size
+        if self.global_batch_size % per_micro_step:
+            nearest = max(1, round(self.global_batch_size / per_micro_step)) * per_micro_step
+            raise ConfigError(
+                "trainer.global_batch_size",
+                f"{self.global_batch_size} is not a multiple of trainer.batch_size × data-parallel ranks"
+                f" = {self.batch_size} × {dp_size}",
+                fix=f"trainer.global_batch_size={nearest}",
+            )
+        return self.global_batch_size // per_micro_step
+
+    def epoch_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of one epoch of a loader that has ``steps_per_epoch``."""
+        return min(steps_per_epoch, self.max_steps_per_epoch or steps_per_epoch)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.epochs is not None  # ftlab/config/check.py
+        return self.epochs * self.epoch_steps(steps_per_epoch)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The parts of one training run, as the loop uses them.
+
+    Attributes:
+        evaluator: measures validation metrics; None without validation rows.
+        log: takes the metrics of a step, and the step.
+        step_flops: FLOPs of a forward and backward over sequences of the given real lengths.
+        peak_flops: what the device could do per second.
+    """
+
+    trainer: TrainerConfig
+    state: TrainState
+    loader: BatchLoader
+    loss: Loss
+    precision: Precision
+    parallel: Parallelism
+    evaluator: Evaluator | None
+    log: Callable[[Metrics, int], None]
+    step_flops: Callable[[list[int]], float]
+    peak_flops: float
+    clock: PhaseClock = field(default_factory=PhaseClock)
+    guard: FiniteGuard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = FiniteGuard(self.state.optimizer, self.state.scaler, self.parallel.device)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.trainer.total_steps(self.loader.steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step measured; tensors stay on the device until the step is logged.
+
+    Attributes:
+        loss: scalar, nats per target token over all ranks.
+        grad_norm: scalar, global, before clipping.
+        lr: the peak group's learning rate in this step.
+        counts: (3,) int64 over all ranks: target tokens, real tokens, samples.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+    counts: Tensor
+
+
+def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
+    """One optimizer step: the gradient of the mean loss per target token over all micro-batches and ranks."""
+    state, parallel = run.state, run.parallel
+    counts = parallel.sum(count(micro_batches, parallel.device))
+    n_targets = counts[0]
+    nll = torch.zeros((), device=parallel.device)
+    for i, batch in enumerate(micro_batches):
+        run.clock.enter("forward")
+        parallel.sync_gradients(state.model, enabled=i == len(micro_batches) - 1)
+        batch = batch.to(parallel.device)
+        with run.precision.autocast(parallel.device):
+            nll_sum = state.model(batch.tokens, batch.targets, run.loss)  # the head's weight is touched only in here
+        run.clock.enter("backward")
+        # Data parallelism averages gradients over ranks; times dp_size makes it the sum that is divided once, globally.
+        state.scaler.scale(nll_sum * (parallel.dp_size / n_targets)).backward()
+        nll = nll + nll_sum.detach()
+    run.clock.enter("optimizer")
+    state.scaler.unscale_(state.optimizer)
+    # After the last backward only: earlier, gradients are partial and not yet exchanged.
+    grad_norm = parallel.clip_grad_norm_(state.model, run.trainer.max_grad_norm)
+    loss = parallel.sum(nll) / n_targets
+    run.guard.update(state.progress.step + 1, loss, grad_norm, [i for b in micro_batches for i in b.sample_ids])
+    lr = state.optimizer.param_groups[0]["lr"]
+    state.scheduler.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return StepMetrics(loss, grad_norm, lr, counts)
+
+
+def count(micro_batches: list[Batch], device: torch.device) -> Tensor:
+    """(3,) int64 on ``device``: target tokens, real tokens, samples of this rank."""
+    counts = [
+        sum(batch.n_targets for batch in micro_batches),
+        sum(batch.n_tokens for batch in micro_batches),
+        sum(len(batch.sample_ids) for batch in micro_batches),
+    ]
+    return torch.tensor(counts).to(device, non_blocking=True)
+
+
+def fit(run: Run) -> None:
+    """Train until the last step; evaluate and log on the way.
+
+    Raises:
+        NonFiniteError: a loss or gradient was NaN or infinite; the weights are those before that step.
+    """
+    progress, total = run.state.progress, run.total_steps
+    window = LogWindow(run)
+    evaluate_if_due(run)
+    run.clock.enter("data")
+    run.clock.take()
+    for micro_batches in remaining_steps(run):
+        metrics = train_step(run, micro_batches)
+        progress.step += 1
+        progress.epoch_step += 1
+        window.add(micro_batches, metrics)
+        if progress.step % run.trainer.log_every_steps == 0 or progress.step in (1, total):
+            run.log(window.close(metrics), progress.step)
+        evaluate_if_due(run)
+        run.clock.enter("data")
+
+
+def evaluate_if_due(run: Run) -> None:
+    """Measure and log validation metrics where the configuration asks for them."""
+    step = run.state.progress.step
+    if run.evaluator is not None and run.evaluator.due(step, run.total_steps):
+        run.clock.enter("eval")
+        run.log(run.evaluator(run.state.model, step, run.precision, run.parallel), step)
+
+
+def remaining_steps(run: Run) -> Iterator[list[Batch]]:
+    """The micro-batches of every step still to do, epoch after epoch."""
+    progress, total = run.state.progress, run.total_steps
+    epoch_steps = run.trainer.epoch_steps(run.loader.steps_per_epoch)
+    while progress.step < total:
+        n_steps = min(epoch_steps - progress.epoch_step, total - progress.step)
+        yield from islice(run.loader.steps(progress.epoch, start_step=progress.epoch_step), n_steps)
+        if progress.epoch_step == epoch_steps:
+            progress.epoch, progress.epoch_step = progress.epoch + 1, 0
+
+
+class LogWindow:
+    """Collects steps between two logged ones; only ``close`` makes the host wait for the device."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._counts = torch.zeros(3, dtype=torch.int64, device=run.parallel.device)
+        self._flops = 0.0
+
+    def add(self, micro_batches: list[Batch], metrics: StepMetrics) -> None:
+        """Count one step."""
+        self._counts = self._counts + metrics.counts
+        self._flops += self._run.step_flops([n for batch in micro_batches for n in batch.lengths])
+
+    def close(self, metrics: StepMetrics) -> Metrics:
+        """The line to log for the step just done: its loss, and speed over the whole window."""
+        run, progress = self._run, self._run.state.progress
+        run.guard.check()
+        target_tokens, tokens, samples = self._counts.tolist()
+        progress.target_tokens += target_tokens
+        progress.tokens += tokens
+        progress.samples += samples
+        seconds = run.clock.take()
+        busy = sum(s for phase, s in seconds.items() if phase != "eval")
+        progress.train_s += busy
+        line = {
+            "epoch": progress.epoch + progress.epoch_step / run.trainer.epoch_steps(run.loader.steps_per_epoch),
+            "tokens": progress.tokens,
+            "train/loss": metrics.loss.item(),
+            "train/lr": metrics.lr,
+            "train/grad_norm": metrics.grad_norm.item(),
+            "perf/tokens_per_s": tokens / busy,
+            "perf/mfu": self._flops / busy / run.peak_flops,
+            "perf/data_wait_frac": seconds.get("data", 0.0) / busy,
+            "memory/peak_gib": peak_memory_gib(run.parallel.device),
+        }
+        self._counts, self._flops = torch.zeros_like(self._counts), 0.0
+        return line

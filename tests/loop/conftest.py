@@ -1,0 +1,143 @@
+"""Runs built by hand, without Hydra: random rows of very different length, a small random Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from ftlab.data.batch import Sample
+from ftlab.data.loader import BatchLoader
+from ftlab.distributed.precision import Precision
+from ftlab.distributed.single import Single
+from ftlab.losses import CrossEntropy
+from ftlab.models.transformer import ModelConfig
+from ftlab.optim.groups import decay_groups
+from ftlab.optim.schedules import Constant
+from ftlab.run import build_model
+from ftlab.training.loop import Run, TrainerConfig
+from ftlab.training.state import TrainState
+
+MODEL = ModelConfig(
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=None,
+    ffn_hidden_dim=64,
+    vocab_size=101,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_seq_len=128,
+    tie_embeddings=False,
+    checkpoint=None,
+)
+PRECISIONS = {
+    "fp32": ("float32", "float32", False),
+    "bf16_mixed": ("float32", "bfloat16", False),
+    "bf16": ("bfloat16", "bfloat16", False),
+    "fp16_mixed": ("float32", "float16", True),
+}
+CPU = torch.device("cpu")
+
+
+class Rows:
+    """Random rows of 2 to ``longest`` tokens, the first third of each a prompt that is not trained.
+
+    Small token ids are frequent and large ones rare, so that there is something to learn beside the rows by heart.
+    """
+
+    def __init__(self, n: int, seed: int = 0, longest: int = 60):
+        random = np.random.default_rng(seed)
+        frequency = 1 / np.arange(1, 102)
+        frequency /= frequency.sum()
+        self.rows = [
+            random.choice(101, random.integers(2, longest + 1), p=frequency).astype(np.int32) for _ in range(n)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int) -> Sample:
+        tokens = self.rows[index]
+        return Sample(tokens=tokens, trained=np.arange(len(tokens)) >= max(1, len(tokens) // 3), sample_id=index)
+
+
+@dataclass
+class HandRun:
+    """A run and the lines it logged."""
+
+    run: Run
+    lines: list[dict[str, float]]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["train/loss"] for line in self.lines]
+
+
+@pytest.fixture
+def hand_run() -> Callable[..., HandRun]:
+    """Build a run: ``hand_run(rows, lr=…, batch_size=…, precision=…, …)``; ``fit(result.run)`` trains it."""
+
+    def make(
+        rows: Rows,
+        *,
+        optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+        lr: float = 0.1,
+        fused: bool = True,
+        batch_size: int = 4,
+        accumulation: int = 1,
+        precision: str = "fp32",
+        seed: int = 0,
+        shuffle: bool = True,
+        **trainer: int | float | None,
+    ) -> HandRun:
+        defaults = {"epochs": None, "max_steps": None, "max_steps_per_epoch": None, "max_grad_norm": 1.0}
+        settings = TrainerConfig(
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            global_batch_size=None,
+            **{"log_every_steps": 1} | defaults | trainer,
+        )
+        param_dtype, compute_dtype, loss_scaling = PRECISIONS[precision]
+        numbers = Precision(param_dtype=param_dtype, compute_dtype=compute_dtype, loss_scaling=loss_scaling)
+        parallel = Single(device=CPU)
+        loader = BatchLoader(
+            rows,
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            shuffle=shuffle,
+            seed=seed,
+            dp_rank=0,
+            dp_size=1,
+            pad_id=0,
+        )
+        model = build_model(MODEL, None, numbers, parallel, seed)
+        update = optimizer(decay_groups(model), lr=lr, weight_decay=0.0, fused=fused)
+        total = settings.total_steps(loader.steps_per_epoch)
+        schedule = Constant(total_steps=total, warmup_steps=0, warmup_ratio=None)
+        loss = CrossEntropy(label_smoothing=0.0, z_loss=0.0)
+        lines: list[dict[str, float]] = []
+        run = Run(
+            trainer=settings,
+            state=TrainState(
+                model=model,
+                optimizer=update,
+                scheduler=torch.optim.lr_scheduler.LambdaLR(update, schedule),
+                scaler=numbers.grad_scaler(CPU),
+            ),
+            loader=loader,
+            loss=loss,
+            precision=numbers,
+            parallel=parallel,
+            evaluator=None,
+            log=lambda metrics, step: lines.append({"step": step, **metrics}),
+            step_flops=lambda lengths: float(sum(lengths)),
+            peak_flops=1e12,
+        )
+        return HandRun(run, lines)
+
+    return make
