@@ -22,8 +22,8 @@ class Parallelism(Protocol):
     dp_rank: int
     dp_size: int
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Prepare a model on the meta device for this strategy; parameters are allocated and filled afterwards."""
+    def place(self, model: nn.Module) -> None:
+        """Allocate the parameters of a model on the meta device, uninitialised, as this strategy divides them."""
         ...
 
     def sum(self, value: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ class Single:
     def __init__(self, *, device: torch.device):
         self.device = device
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        return model
+    def place(self, model: nn.Module) -> None:
+        model.to_empty(device=self.device)
 
     def sum(self, value: Tensor) -> Tensor:
         return value

@@ -137,7 +137,7 @@ class ModelConfig:
         return matrices_over_vocab * self._known_vocab_size() * self.dim + self.n_layers * block + self.dim
 
     def n_matmul_params(self) -> int:
-        """Parameters that multiply activations, which FLOPs are counted by: no norms, and no embedding but a tied one."""
+        """Parameters that multiply activations, for counting FLOPs: no norms, and no embedding but a tied one."""
         norms = (2 * self.n_layers + 1) * self.dim
         looked_up = 0 if self.tie_embeddings else self._known_vocab_size() * self.dim
         return self.n_params() - norms - looked_up
