@@ -120,7 +120,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     arguments = parser.parse_args()
-    config = compose_config(["tokenizer=byte", *arguments.overrides])
+    needs_no_file = [] if any(o.startswith("tokenizer=") for o in arguments.overrides) else ["tokenizer=byte"]
+    config = compose_config([*needs_no_file, *arguments.overrides])
     figures = benchmark(config, arguments.steps, arguments.warmup)
     table = Table(title=f"{figures['model']} on {figures['device']}", show_header=False)
     rows = {
