@@ -23,7 +23,7 @@ from ftlab.data.loader import BatchLoader, SampleSource
 from ftlab.data.sft import InstructDataset
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism
-from ftlab.distributed.env import describe_device, peak_flops, pick_device
+from ftlab.distributed.env import describe_device, keep_freed_memory, peak_flops, pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.loggers.base import RunInfo
@@ -205,7 +205,10 @@ def assemble_run(
     torch.manual_seed(config["seed"])
     trainer: TrainerConfig = build(config["trainer"])
     precision: Precision = build(config["precision"])
-    parallel: Parallelism = build(config["parallelism"], device=pick_device(config["device"]))
+    device = pick_device(config["device"])
+    if device.type == "cpu":
+        keep_freed_memory()
+    parallel: Parallelism = build(config["parallelism"], device=device)
     loader = BatchLoader(
         rows,
         batch_size=trainer.batch_size,
