@@ -51,12 +51,12 @@ class Evaluator:
     loss: Loss
     on_samples: Callable[[list[Sample], int], None]
 
-    def due(self, step: int, total_steps: int) -> bool:
+    def due(self, step: int, *, ends_epoch: bool, ends_run: bool) -> bool:
         """Whether to evaluate after optimizer step ``step``; 0 is before training."""
         if step == 0:
             return self.config.at_start
         every = self.config.every_steps
-        return step == total_steps or (every is not None and step % every == 0)
+        return ends_run or (ends_epoch if every is None else step % every == 0)
 
     def __call__(self, model: Transformer, step: int, precision: Precision, parallel: Parallelism) -> dict[str, float]:
         """``val/…`` metrics of ``model``; answers are generated once it has trained at all."""

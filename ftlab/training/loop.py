@@ -175,8 +175,10 @@ def fit(run: Run) -> None:
 
 def evaluate_if_due(run: Run) -> None:
     """Measure and log validation metrics where the configuration asks for them."""
-    step = run.state.progress.step
-    if run.evaluator is not None and run.evaluator.due(step, run.total_steps):
+    step, epoch_step = run.state.progress.step, run.state.progress.epoch_step
+    ends_epoch = epoch_step == run.trainer.epoch_steps(run.loader.steps_per_epoch)
+    ends_run = step == run.total_steps
+    if run.evaluator is not None and run.evaluator.due(step, ends_epoch=ends_epoch, ends_run=ends_run):
         run.clock.enter("eval")
         run.log(run.evaluator(run.state.model, step, run.precision, run.parallel), step)
 
