@@ -243,8 +243,8 @@ def assemble_run(
 
 
 def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """``model`` with the tokenizer's vocabulary if it starts from random weights; otherwise the two must agree."""
-    if model.checkpoint is None:
+    """``model`` with the tokenizer's vocabulary where its own is open; that of pretrained weights must agree."""
+    if model.checkpoint is None or model.vocab_size is None:
         return replace(model, vocab_size=tokenizer.vocab_size)
     if model.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
