@@ -166,9 +166,10 @@ class Experiment:
 
 def assemble(config: Config, recorder: Recorder) -> Experiment:
     """Build every part of a run: what can fail cheaply first, then data, then weights."""
-    tokenizer: Tokenizer = build(config["tokenizer"])
-    model_config = with_vocabulary(build(config["model"]), tokenizer)
+    model_config: ModelConfig = build(config["model"])
     checkpoint = resolve_checkpoint(model_config.checkpoint) if model_config.checkpoint else None
+    tokenizer: Tokenizer = build(config["tokenizer"])
+    model_config = with_vocabulary(model_config, tokenizer)
     data: InstructDataset = build(
         config["dataset"],
         tokenizer=tokenizer,
