@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ftlab.distributed.started import group_of_this_process, leads
 from ftlab.errors import FtlabError
 
 if TYPE_CHECKING:
@@ -27,9 +29,19 @@ def main() -> int:
 
     prepare()
     with hydra_errors():
-        check_command_line(sys.argv[1:])
+        elsewhere = check_command_line(sys.argv[1:], leads=_leads)
+        if elsewhere is not None:
+            from ftlab.run import launch
+
+            return launch(elsewhere, own_process=False)
         hydra.main(version_base=VERSION_BASE, config_path="conf", config_name=PRIMARY)(job)()
     return max(exit_codes, default=0)
+
+
+def _leads(config: dict[str, Any]) -> bool:
+    """Whether the run's folder is made here: not on a machine that only takes part in another's run."""
+    parallelism = config["parallelism"]
+    return group_of_this_process() is not None or leads(parallelism.get("nnodes", 1), parallelism.get("rdzv_endpoint"))
 
 
 def run_job(cfg: DictConfig) -> int:
@@ -54,11 +66,30 @@ def run_job(cfg: DictConfig) -> int:
         return error.exit_code
 
 
-if __name__ == "__main__":
+def exit_code_of(run: Callable[[], int]) -> int:
+    """The exit code of ``run``, with the user's own mistakes told in a line or two."""
     try:
-        sys.exit(main())
+        return run()
     except FtlabError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+
+
+def start() -> int:
+    """Run ``main``, or take part in what it does in the first of the processes that torchrun or Slurm started."""
+    group = group_of_this_process()
+    if group is None or group.world_size == 1:
+        return exit_code_of(main)
+    from ftlab.run import dismiss, follow
+
+    if group.rank > 0:
+        return exit_code_of(follow)
+    exit_code = exit_code_of(main)
+    dismiss(exit_code)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(start))

@@ -24,7 +24,7 @@ from rich.table import Table
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.batch import Sample
-from ftlab.distributed.env import describe_device, peak_flops
+from ftlab.distributed.env import WorkerEnv, describe_device, peak_flops
 from ftlab.models.transformer import ModelConfig
 from ftlab.run import assemble_run
 from ftlab.training.loop import Run, remaining_steps, train_step
@@ -56,7 +56,9 @@ def assemble(config: dict[str, Any], n_steps: int) -> tuple[Run, ModelConfig]:
         model_config = replace(model_config, vocab_size=build(config["tokenizer"]).vocab_size)
     assert model_config.vocab_size is not None
     rows = RandomRows(config["seq_len"], model_config.vocab_size)
-    return assemble_run(config, model_config, None, rows, False, 0, None, lambda *_: None), model_config
+    return assemble_run(
+        config, model_config, None, rows, False, 0, None, lambda *_: None, WorkerEnv.here(config["device"])
+    ), model_config
 
 
 def measure(run: Run, n_steps: int, *, synchronize: bool) -> dict[str, float]:

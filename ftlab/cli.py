@@ -17,13 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.verb(arguments)
+        return arguments.verb(arguments) or 0
     except FtlabError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,6 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("key", help="dotted key, e.g. optimizer.lr")
     explain.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     explain.set_defaults(verb=_explain)
+
+    verify = verbs.add_parser("verify-parallel", help="whether parallelism changes what a configuration computes")
+    verify.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps to compare (default 5)")
+    verify.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+    verify.set_defaults(verb=_verify_parallel)
 
     generate = verbs.add_parser("generate", help="ask the model of a finished run")
     generate.add_argument("run", type=Path, help="run folder, e.g. outputs/latest")
@@ -53,6 +57,28 @@ def _explain(arguments: argparse.Namespace) -> None:
     from ftlab.config.explain import explain
 
     print(explain(arguments.key, arguments.overrides))
+
+
+def _verify_parallel(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ftlab.lab.verify import verify_parallel
+
+    deviations, tolerance = verify_parallel(arguments.overrides, arguments.steps)
+    table = Table(title=f"largest relative deviation from a single process over {arguments.steps} steps")
+    for column in ("parallelism", "loss", "norm", "gradient", "of parameter", f"within {tolerance:g}"):
+        table.add_column(column, no_wrap=True)
+    for one in deviations:
+        numbers = (f"{value:.1e}" for value in (one.loss, one.grad_norm, one.gradient))
+        table.add_row(
+            one.name,
+            *numbers,
+            one.parameter.removesuffix(".weight"),
+            "yes" if one.within(tolerance) else "[bold red]NO",
+        )
+    Console(width=max(Console().width, 120)).print(table)
+    return 0 if all(one.within(tolerance) for one in deviations) else 1
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -173,20 +174,43 @@ def shortest(path: Path) -> Path:
 
 
 class RunFolder:
-    """One run's folder and its ``run.json``; the folder is created if it does not exist."""
+    """One run's folder and its ``run.json``; the folder is created if it does not exist.
 
-    def __init__(self, path: Path | str):
+    Args:
+        writes: whether this is the process that writes it; in the others all methods do nothing, so that the same
+            code runs in all.
+    """
+
+    def __init__(self, path: Path | str, *, writes: bool = True):
         self.path = Path(path).absolute()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.writes = writes
         self._record: dict[str, Any] = {}
+        if writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def of_a_lost_process(cls, path: Path | str) -> RunFolder | None:
+        """The folder of a run whose writer is gone, to be finished in its place; None if it has been finished."""
+        folder = cls(path)
+        with suppress(FileNotFoundError):
+            folder._record = json.loads((folder.path / "run.json").read_text(encoding="utf-8"))
+        return folder if folder._record.get("status", "running") == "running" else None
 
     def write_config(self, config: dict[str, Any]) -> None:
         """``config.yaml``: the resolved config that ran, secrets masked."""
-        write_atomically(self.path / "config.yaml", _to_yaml(mask_secrets(config)))
+        if self.writes:
+            write_atomically(self.path / "config.yaml", _to_yaml(mask_secrets(config)))
 
     def write_json(self, name: str, obj: Any) -> None:
         """Write ``name`` atomically, secrets masked."""
-        write_atomically(self.path / name, to_json(mask_secrets(obj), indent=2) + "\n")
+        if self.writes:
+            write_atomically(self.path / name, to_json(mask_secrets(obj), indent=2) + "\n")
+
+    def forget_metrics(self) -> None:
+        """Remove what an earlier attempt of this run logged: it starts anew, and no step may be there twice."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if self.writes:
+                (self.path / name).unlink(missing_ok=True)
 
     def start(self, *, gpus: list[str], **fields: Any) -> None:
         """Begin ``run.json``: status running, the time, and the code, versions and machine that run it.
@@ -232,7 +256,8 @@ class RunFolder:
         """
         date = self.path.parent
         link = date.parent / "latest"
-        if not re.fullmatch(r"\d{4}-\d\d-\d\d", date.name) or (link.exists() and not link.is_symlink()):
+        dated = re.fullmatch(r"\d{4}-\d\d-\d\d", date.name)
+        if not self.writes or not dated or (link.exists() and not link.is_symlink()):
             return
         aside = date.parent / f".latest.{os.getpid()}"
         try:
@@ -329,7 +354,8 @@ def setup_logging(folder: Path, rank: int) -> None:
     """Send the ``ftlab`` logger and the process's warnings to the run folder and to stderr, secrets masked.
 
     Rank 0 writes ``train.log`` and talks on the terminal from INFO up; rank i writes ``rank<i>.log`` and
-    talks from WARNING up. A second call (the next run in this process) takes the place of the first.
+    talks from WARNING up; where the folder is on another machine, it has no file. A second call (the next run in
+    this process) takes the place of the first.
     """
     loggers = [logging.getLogger("ftlab"), logging.getLogger("py.warnings")]
     while _handlers:
@@ -337,12 +363,14 @@ def setup_logging(folder: Path, rank: int) -> None:
         for logger in loggers:
             logger.removeHandler(handler)
         handler.close()
-    to_file = logging.FileHandler(folder / ("train.log" if rank == 0 else f"rank{rank}.log"), encoding="utf-8")
-    to_file.setFormatter(_MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    if folder.is_dir():
+        to_file = logging.FileHandler(folder / ("train.log" if rank == 0 else f"rank{rank}.log"), encoding="utf-8")
+        to_file.setFormatter(_MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        _handlers.append(to_file)
     to_terminal = _StderrHandler(sys.stderr)
     to_terminal.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     to_terminal.setFormatter(_MaskingFormatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
-    _handlers.extend([to_file, to_terminal])
+    _handlers.append(to_terminal)
     for logger in loggers:
         for handler in _handlers:
             logger.addHandler(handler)

@@ -6,26 +6,45 @@ configuration, builds the parts, hands them to the loop and keeps the run folder
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import secrets
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ftlab.config.build import build
+from ftlab.config.layers import leaves
 from ftlab.data.loader import BatchLoader, SampleSource
 from ftlab.data.sft import InstructDataset
 from ftlab.data.tokenizers import Tokenizer
-from ftlab.distributed.base import Parallelism
-from ftlab.distributed.env import describe_device, keep_freed_memory, peak_flops, pick_device
+from ftlab.distributed.base import Parallelism, Strategy, Workers
+from ftlab.distributed.env import WorkerEnv, describe_device, keep_freed_memory, peak_flops, share_cores
+from ftlab.distributed.heartbeat import RankError
+from ftlab.distributed.launch import (
+    Jobs,
+    Team,
+    attempt,
+    first_failure,
+    job_store,
+    last_word,
+    leave,
+    meet,
+    meet_team,
+    n_local_workers,
+    start_workers,
+)
 from ftlab.distributed.precision import Precision
-from ftlab.errors import ConfigError, FtlabError
+from ftlab.distributed.started import group_of_this_process, leads
+from ftlab.errors import ConfigError, ConfigErrors, DataError, FtlabError
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
 from ftlab.models.transformer import ModelConfig, Transformer
@@ -42,18 +61,55 @@ Config = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
+# ---------------------------------------------------------------------------------------------- processes
+
+
 def launch(config: Config, *, own_process: bool) -> int:
-    """Train ``config`` here, or in a process of its own so that the jobs of a sweep share no state.
+    """Train ``config``: here, in workers started for it, or together with the group that this process belongs to.
+
+    Args:
+        own_process: never in this very process, so that the jobs of a sweep share no state.
 
     Returns:
-        The exit code: 0 completed, 1 a bug or the machine, 2 bad input, 3 non-finite numbers, 130 interrupted.
+        The exit code: 0 completed, 1 a bug or the machine, 2 bad input, 3 non-finite numbers, 130 interrupted,
+        143 terminated.
     """
-    if config["seed"] is None:  # drawn once, before any worker starts, and recorded like a given one
-        config = config | {"seed": secrets.randbelow(2**31)}
-    if not own_process:
-        return train(config)
+    settings = build(config["parallelism"])
+    group = group_of_this_process()
+    if group is not None and group.world_size > 1 and not isinstance(settings, Workers):
+        problem = f"this one is for a single process, but {group.world_size} were started together"
+        raise ConfigError("parallelism", problem, "parallelism=fsdp")
+    if not isinstance(settings, Workers):
+        config = with_seed(config)
+        return _in_own_process(_train_alone, config) if own_process else _train_alone(config)
+    if group is not None:
+        job: Config = {"config": with_seed(config), "own_process": own_process}
+        exit_code = _join(**job, number=_jobs().hand_out(job))
+        if exit_code and not own_process:
+            leave(exit_code)  # so do the others, without waiting for another word
+        return exit_code
+    n_local = n_local_workers(settings, config["device"])
+    if settings.nnodes > 1 and own_process:
+        problem = f"is {settings.nnodes}, but a sweep starts workers on this machine only"
+        raise ConfigError("parallelism.nnodes", problem, "torchrun --nnodes ... train.py -m ...")
+    if n_local * settings.nnodes == 1 and not settings.max_restarts:
+        config = with_seed(config)
+        return _in_own_process(_train_alone, config) if own_process else _train_alone(config)
+    return _start(config, settings, n_local)
+
+
+def with_seed(config: Config) -> Config:
+    """``config`` with its seed drawn if it has none: once, before any worker starts, and recorded like a given one."""
+    return config | {"seed": secrets.randbelow(2**31)} if config["seed"] is None else config
+
+
+def _train_alone(config: Config) -> int:
+    return train(config, WorkerEnv.alone(config["device"]))
+
+
+def _in_own_process(work: Callable[..., int], config: Config, *args: Any) -> int:
     # spawn, not fork: threads of this process (BLAS, W&B) do not survive a fork.
-    process = multiprocessing.get_context("spawn").Process(target=_train_and_exit, args=(config,))
+    process = multiprocessing.get_context("spawn").Process(target=_and_leave, args=(work, config, *args))
     process.start()
     try:
         process.join()
@@ -64,72 +120,237 @@ def launch(config: Config, *, own_process: bool) -> int:
     if process.exitcode < 0:  # killed: it could not say so itself
         error = FtlabError(f"the job's process was killed by signal {-process.exitcode}")
         print(error, file=sys.stderr)
-        RunFolder(config["paths"]["output_dir"]).finish("failed", error=error)
+        if (folder := RunFolder.of_a_lost_process(config["paths"]["output_dir"])) is not None:
+            folder.finish("failed", error=error)
         return 128 - process.exitcode
     return process.exitcode
 
 
-def _train_and_exit(config: Config) -> None:
-    raise SystemExit(train(config))
+def _and_leave(work: Callable[..., int], *args: Any) -> None:
+    if exit_code := work(*args):
+        leave(exit_code)
 
 
-def train(config: Config) -> int:
-    """Train in this process; the run folder says how it ended, whatever happens. Returns the exit code."""
-    folder = RunFolder(config["paths"]["output_dir"])
-    folder.write_config(config)
-    setup_logging(folder.path, rank=0)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    folder.start(gpus=gpus, name=config["run_name"], seed=config["seed"])
-    folder.link_latest()
-    recorder = Recorder(folder, [build(node) for node in config["logger"].values()])
+# ---- workers that others started: torchrun, Slurm
+
+
+@cache
+def _jobs() -> Jobs:
+    group = group_of_this_process()
+    assert group is not None
+    return Jobs(group)
+
+
+def follow() -> int:
+    """Run what rank 0 of this process's group composes, job after job, until it says so; returns the exit code."""
+    while True:
+        job, number = _jobs().take()
+        if "exit_code" in job:
+            _jobs().go()
+            return job["exit_code"]
+        exit_code = _join(**job, number=number)
+        if exit_code and not job["own_process"]:
+            leave(exit_code)
+
+
+def dismiss(exit_code: int) -> None:
+    """Send the ranks that ``follow`` home, with their exit code."""
+    _jobs().end(exit_code)
+
+
+def _join(config: Config, own_process: bool, number: int) -> int:
+    return _in_own_process(_train_joined, config, number) if own_process else _train_joined(config, number)
+
+
+def _train_joined(config: Config, number: int) -> int:
+    group = group_of_this_process()
+    assert group is not None
+    worker = replace(WorkerEnv.here(config["device"]), store=job_store(group, number))
+    share_cores(worker.local_world_size)
+    return _train_in_team(config, worker, None)
+
+
+# ---- workers of our own
+
+
+def _start(config: Config, settings: Workers, n_local: int) -> int:
+    leading = leads(settings.nnodes, settings.rdzv_endpoint)
+    if leading:
+        config = with_seed(config)
+    scratch = Path(tempfile.mkdtemp(prefix="ftlab-"))
     try:
-        _train(config, recorder)
+        failed = start_workers(settings, n_local, scratch, _work, config, scratch, leading)
+        if not failed:
+            return 0
+        failure = first_failure(scratch, settings, n_local, failed)
+        if leading and (folder := RunFolder.of_a_lost_process(config["paths"]["output_dir"])) is not None:
+            print(failure.message, file=sys.stderr)  # no worker lived to tell
+            folder.finish("preempted" if failure.interrupted else "failed", error=RankError(failure))
+        return failure.exit_code
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _work(config: Config, scratch: Path, leading: bool) -> None:
+    group = group_of_this_process()
+    assert group is not None
+    if attempt() and (exit_code := last_word(scratch, group.local_world_size)) is not None:
+        leave(exit_code)
+    worker = meet(WorkerEnv.here(config["device"]), group, leads=leading)
+    if exit_code := _train_in_team(config, worker, scratch):
+        leave(exit_code)
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+
+def _train_in_team(config: Config, worker: WorkerEnv, scratch: Path | None) -> int:
+    def give_up(error: RankError) -> None:
+        if _stands_in(worker, team) and (folder := _folder_of_rank_0(config)) is not None:
+            _say(error, aloud=True)
+            folder.finish(_verdict(error)[0], error=error)
+
+    with meet_team(worker, scratch, build(config["parallelism"]).timeout_s, give_up) as team:
+        return train(config, worker, team)
+
+
+def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
+    """Train in this process; the run folder says how it ended, whatever happens. Returns the exit code.
+
+    Args:
+        team: the other ranks of the run, each of which is here too; None where this is the only one.
+    """
+    first = worker.rank == 0
+    folder = RunFolder(config["paths"]["output_dir"], writes=True) if first else None
+    if team is not None:
+        path = team.from_first("folder", str(folder.path) if folder else None)
+        folder = folder or RunFolder(path, writes=False)
+    assert folder is not None
+    setup_logging(folder.path, worker.rank)
+    recorder = Recorder(folder, [build(node) for node in config["logger"].values()] if first else [])
+    if first:
+        _open(folder, config)
+    try:
+        if team is not None:
+            config = same_everywhere(config, team)
+        _train(config, recorder, worker, team)
     except (Exception, KeyboardInterrupt) as error:
-        status, exit_code = _verdict(error)
-        recorder.finish(status, error)
+        cause = team.watch.explain(error) if team else error
+        status, exit_code = _verdict(cause)
+        _say(cause, aloud=team is None or team.watch.speaks())
+        recorder.finish(status, cause)
+        if team is not None and _stands_in(worker, team) and (lost := _folder_of_rank_0(config)) is not None:
+            lost.finish(status, error=cause)
         return exit_code
     recorder.finish("completed", None)
     return 0
 
 
+def _open(folder: RunFolder, config: Config) -> None:
+    if attempt():
+        folder.forget_metrics()
+        log.warning("starting again: attempt %d", attempt() + 1)
+    folder.write_config(config)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    folder.start(gpus=gpus, name=config["run_name"], seed=config["seed"])
+    folder.link_latest()
+
+
 def _verdict(error: BaseException) -> tuple[Status, int]:
-    """Say what went wrong, once and in the user's terms; only our own bugs show a traceback."""
+    """How a run ended that ``error`` ended, and the exit code."""
     match error:
         case KeyboardInterrupt():
-            log.warning("interrupted")
             return "preempted", 130
+        case RankError() if error.failure.interrupted:
+            return "preempted", error.exit_code
         case FtlabError():
-            log.error("%s", error)
             return "failed", error.exit_code
-        case torch.OutOfMemoryError() | MemoryError():
-            log.error("out of memory: %s\n  try: a smaller trainer.batch_size", error)
-            return "failed", 1
         case _:
-            log.error("this is a bug in ftlab, or the machine failed:", exc_info=error)
             return "failed", 1
 
 
-def _train(config: Config, recorder: Recorder) -> None:
-    experiment = assemble(config, recorder)
-    folder, progress = recorder.folder, experiment.run.state.progress
+def _say(error: BaseException, *, aloud: bool) -> None:
+    """Say what went wrong in the user's terms; only our own bugs show a traceback. Not aloud: to the rank's file."""
+    level = logging.ERROR if aloud else logging.INFO
+    match error:
+        case KeyboardInterrupt():
+            log.log(level, "interrupted")
+        case FtlabError():
+            log.log(level, "%s", error)
+        case torch.OutOfMemoryError() | MemoryError():
+            log.log(level, "out of memory: %s\n  try: a smaller trainer.batch_size", error)
+        case _:
+            log.log(level, "this is a bug in ftlab, or the machine failed:", exc_info=error)
+
+
+def _stands_in(worker: WorkerEnv, team: Team) -> bool:
+    """Whether this rank keeps the folder now: the first one left of rank 0's machine."""
+    return worker.rank == worker.local_rank and team.watch.speaks()
+
+
+def _folder_of_rank_0(config: Config) -> RunFolder | None:
+    """The run's folder, to finish it in place of a rank 0 that is gone or hangs; None if that one still did."""
+    return RunFolder.of_a_lost_process(config["paths"]["output_dir"])
+
+
+# Where things are on a machine is its own affair; what is computed from them is not.
+_OF_THE_MACHINE = (
+    "paths.output_dir",
+    "model.checkpoint",
+    "tokenizer.path",
+    "dataset.data_files",
+    "parallelism.nproc_per_node",
+)
+
+
+def same_everywhere(config: Config, team: Team) -> Config:
+    """Rank 0's configuration, with this machine's own paths.
+
+    Raises:
+        ConfigErrors: where this machine was given something else, for all its keys.
+    """
+    theirs: Config = json.loads(team.from_first("config", json.dumps(config) if team.worker.rank == 0 else None))
+    if config["seed"] is None:  # drawn by rank 0's machine
+        config = config | {"seed": theirs["seed"]}
+    mine, first = dict(leaves(config)), dict(leaves(theirs))
+    differing = [key for key in {**first, **mine} if first.get(key) != mine.get(key) and key not in _OF_THE_MACHINE]
+    if differing:
+        raise ConfigErrors(
+            [
+                ConfigError(key, f"{mine.get(key)!r} on this machine, but {first.get(key)!r} on the first", "the same")
+                for key in differing
+            ]
+        )
+    return config
+
+
+def _train(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team | None) -> None:
+    experiment = assemble(config, recorder, worker, team)
+    run, folder = experiment.run, recorder.folder
+    progress = run.state.progress
     folder.write_json("data_report.json", experiment.data.report)
-    for warning in experiment.data.report["warnings"]:
-        log.warning("data: %s", warning)
+    if worker.rank == 0:
+        for warning in experiment.data.report["warnings"]:
+            log.warning("data: %s", warning)
     folder.update(data_fingerprint=experiment.data.fingerprint, n_params=experiment.model_config.n_params())
     recorder.start(experiment.info(folder.path))
+    if team is not None:
+        beat = team.watch.beat
+        run.clock.on_enter = lambda phase: beat(progress.step + (phase != "eval"), phase)
     try:
-        fit(experiment.run)
+        fit(run)
     finally:
         folder.update(progress=asdict(progress))
         # The last line's speed is one step's; the summary wants the run's.
         recorder.latest |= {"perf/tokens_per_s": progress.tokens / progress.train_s} if progress.train_s else {}
     keep: CheckpointConfig = build(config["checkpoint"])
     if keep.export:
-        run = experiment.run
+        run.clock.enter("save")
         exported = export_model(
             run.state.model, experiment.tokenizer, folder.path / "export", dtype=run.precision.weights
         )
         recorder.artifacts.append(exported)
+    run.parallel.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +379,14 @@ class Experiment:
             dataset=config["dataset"]["source"],
             n_train_samples=len(self.data.train),
             n_val_samples=len(self.data.validation) if self.data.validation else 0,
-            device=describe_device(run.parallel.device),
+            device=describe_device(run.parallel.device)
+            + (f" × {run.parallel.dp_size}" if run.parallel.dp_size > 1 else ""),
             precision=f"{run.precision.param_dtype} weights, {run.precision.compute_dtype} arithmetic",
             next_commands=(f'ftlab generate {folder} "..."',),
         )
 
 
-def assemble(config: Config, recorder: Recorder) -> Experiment:
+def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team | None) -> Experiment:
     """Build every part of a run: what can fail cheaply first, then data, then weights."""
     model_config: ModelConfig = build(config["model"])
     checkpoint = resolve_checkpoint(model_config.checkpoint) if model_config.checkpoint else None
@@ -176,7 +398,10 @@ def assemble(config: Config, recorder: Recorder) -> Experiment:
         seq_len=config["seq_len"],
         seed=config["seed"],
         progress=recorder.progress,
+        share=team.share if team else None,
     )
+    if team is not None and (fingerprint := team.from_first("data", data.fingerprint)) != data.fingerprint:
+        raise DataError(f"dataset: this machine's samples ({data.fingerprint}) are not rank 0's ({fingerprint})")
     evaluator = None
     if data.validation is not None:
         evaluator = Evaluator(
@@ -187,7 +412,7 @@ def assemble(config: Config, recorder: Recorder) -> Experiment:
             on_samples=recorder.log_samples,
         )
     run = assemble_run(
-        config, model_config, checkpoint, data.train, data.shuffle, tokenizer.pad_id, evaluator, recorder.log
+        config, model_config, checkpoint, data.train, data.shuffle, tokenizer.pad_id, evaluator, recorder.log, worker
     )
     return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, data=data, run=run)
 
@@ -201,15 +426,16 @@ def assemble_run(
     pad_id: int,
     evaluator: Evaluator | None,
     log: Callable[[Mapping[str, float], int], None],
+    worker: WorkerEnv,
 ) -> Run:
     """What the loop needs to train ``model_config`` on ``rows`` as ``config`` says; weights are loaded here."""
     torch.manual_seed(config["seed"])
     trainer: TrainerConfig = build(config["trainer"])
     precision: Precision = build(config["precision"])
-    device = pick_device(config["device"])
-    if device.type == "cpu":
+    if worker.device.type == "cpu":
         keep_freed_memory()
-    parallel: Parallelism = build(config["parallelism"], device=device)
+    strategy: Strategy = build(config["parallelism"])
+    parallel = strategy.start(worker, precision)
     loader = BatchLoader(
         rows,
         batch_size=trainer.batch_size,

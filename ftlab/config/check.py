@@ -7,7 +7,7 @@ contradictions and files first, and when these are in order, whether each ``_tar
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,19 @@ def compose_config(overrides: Sequence[str] = (), output_dir: str | Path | None 
     return config
 
 
-def check_command_line(argv: Sequence[str]) -> None:
+def check_command_line(
+    argv: Sequence[str], leads: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> dict[str, Any] | None:
     """Check what ``train.py`` was started with, and claim the folder of a single run.
 
     Flags that only show something (``--help``, ``--cfg``, ``--info``...) are left to Hydra; what ``--cfg`` shows
     need not be runnable, only composable.
+
+    Args:
+        leads: tells of a configuration whether its folder is this machine's to make.
+
+    Returns:
+        The configuration of a run whose folder another machine makes, for which there is nothing for Hydra to do.
 
     Raises:
         ConfigErrors: with everything that is wrong, with all jobs of a sweep.
@@ -62,20 +70,23 @@ def check_command_line(argv: Sequence[str]) -> None:
     search = {"primary": flags.config_name or PRIMARY, "extra_dir": flags.config_dir}
     if any(shows):
         _raise(compose(flags.overrides, **search).problems if flags.cfg else [])
-        return
+        return None
     master = compose(flags.overrides, sweep=True, **search)
     if flags.multirun or master.cfg.hydra.mode == RunMode.MULTIRUN:
         _check_jobs(master, flags.overrides, search)
-        return
+        return None
     config, problems = first_phase(master)
     problems += map(several_values, master.given.sweeps)
     folder = _output_folder(master.cfg, "run.dir", problems)
     _raise(problems)
     _raise(misfits(config))
+    if not leads(config):
+        return config
     try:
         claim_folder(folder)
     except OSError as error:
         _raise([unwritable(Path(folder).absolute(), error.errno or errno.EIO)])
+    return None
 
 
 def check_job(cfg: DictConfig) -> dict[str, Any]:

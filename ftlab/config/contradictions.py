@@ -13,7 +13,7 @@ Values = Mapping[str, Any]
 
 def contradictions(values: Values) -> Iterator[ConfigError]:
     """Check ``values`` (dotted key to value). Keys that are missing, or broken already, take part in no rule."""
-    for rule in (_length, _portions, _warmup, _sequence, _heads):
+    for rule in (_length, _portions, _warmup, _sequence, _heads, _mesh):
         yield from rule(values)
 
 
@@ -82,3 +82,18 @@ def _heads(values: Values) -> Iterator[ConfigError]:
     elif (size := values[head_dim] or values[dim] // values[heads]) % 2:
         problem = f"{size} is odd: rotary embeddings turn pairs of dimensions"
         yield ConfigError(head_dim, problem, override(head_dim, size + 1))
+
+
+def _mesh(values: Values) -> Iterator[ConfigError]:
+    replicate, shard, processes, nodes = (
+        f"parallelism.{name}" for name in ("replicate_degree", "shard_degree", "nproc_per_node", "nnodes")
+    )
+    if not _are_set(values, replicate, shard, processes, nodes):
+        return  # how many processes there are is known later; ftlab/distributed/fsdp.py checks then
+    made, ranks = values[replicate] * values[shard], values[processes] * values[nodes]
+    if made != ranks:
+        problem = (
+            f"replicate_degree × shard_degree = {values[replicate]} × {values[shard]} = {made}, but "
+            f"nproc_per_node × nnodes = {values[processes]} × {values[nodes]} = {ranks} ranks"
+        )
+        yield ConfigError(replicate, problem, override(replicate, None))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,6 +24,10 @@ from ftlab.errors import ConfigError, DataError
 TooLong = Literal["truncate", "truncate_keep_eos", "drop", "error"]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
 
+# Calls write(folder) in one process of the machine and returns the written folder in all: ``distributed.launch.Team``.
+Share = Callable[[str, Callable[[Path], None]], Path]
+
+_ARRAYS = ("tokens", "offsets", "prompt_lens", "sample_ids", "family_codes")  # of an SFTDataset
 _CHUNK_ROWS = 1_000  # rows tokenised at a time: bounds the Python lists of ids, and paces the progress bar
 
 
@@ -100,6 +106,21 @@ class SFTDataset:
         untrained = np.ones(len(self)) if self._train_on_input else np.maximum(self._prompt_lens, 1)
         return int((np.diff(self._offsets) - untrained).sum())
 
+    def save(self, folder: Path) -> None:
+        """Write the rows as plain arrays into a new folder, for ``open``."""
+        folder.mkdir()
+        for name in _ARRAYS:
+            np.save(folder / f"{name}.npy", getattr(self, f"_{name}"), allow_pickle=False)
+        (folder / "families.json").write_text(json.dumps(list(self._families)), encoding="utf-8")
+
+    @classmethod
+    def open(cls, folder: Path, *, tokenizer: Tokenizer, train_on_input: bool) -> SFTDataset:
+        """The rows that ``save`` wrote, mapped: all processes of a machine that do so share one copy in memory."""
+        # np.asarray: slices of a memmap are memmaps too, and ten times as slow to make as plain views.
+        mapped = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _ARRAYS}
+        families = json.loads((folder / "families.json").read_text(encoding="utf-8"))
+        return cls(**mapped, families=families, tokenizer=tokenizer, train_on_input=train_on_input)
+
     def fingerprint(self) -> str:
         """sha256 in hex of all that training sees."""
         digest = hashlib.sha256(b"trained on input" if self._train_on_input else b"")
@@ -125,6 +146,7 @@ class InstructDataset:
             and puts the EOS back; ``drop`` leaves the row out; ``error`` refuses the data.
         tokenizer, seq_len, seed: given at run time.
         progress: shows a bar while rows are tokenised; null is silent.
+        share: has one process of the machine read and tokenise for all; null: this process does, for itself.
         train, validation: the samples; no validation is null.
         report: counts, token statistics and fingerprints, and ``warnings`` to show to the user.
         fingerprint: sha256 in hex of all tokens, masks and row numbers.
@@ -148,6 +170,7 @@ class InstructDataset:
     seq_len: int
     seed: int
     progress: Progress | None
+    share: Share | None = None
     train: SFTDataset = field(init=False)
     validation: SFTDataset | None = field(init=False)
     report: dict[str, Any] = field(init=False)
@@ -155,6 +178,25 @@ class InstructDataset:
 
     def __post_init__(self) -> None:
         self._check_values()
+        if self.share is None:
+            parts, self.report = self._prepare()
+        else:
+            folder = self.share("dataset", self._write)
+            self.report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            options: dict[str, Any] = {"tokenizer": self.tokenizer, "train_on_input": self.train_on_input}
+            names = [name for name in ("train", "validation") if (folder / name).is_dir()]
+            parts = {name: SFTDataset.open(folder / name, **options) for name in names}
+        self.train, self.validation = parts["train"], parts.get("validation")
+        self.fingerprint = self.report["fingerprints"]["dataset"]
+
+    def _write(self, folder: Path) -> None:
+        parts, report = self._prepare()
+        for name, samples in parts.items():
+            samples.save(folder / name)
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+    def _prepare(self) -> tuple[dict[str, SFTDataset], dict[str, Any]]:
+        """The samples of ``train`` and ``validation``, and the report on them."""
         rows = read_rows(source=self.source, data_files=self.data_files, split=self.split, column_map=self.column_map)
         table = rows.train if self.max_samples is None else rows.train.slice(0, self.max_samples)
         digests = row_digests(table)
@@ -177,12 +219,9 @@ class InstructDataset:
         n_rows = sum(len(part) for part, _ in parts.values())
         with self.progress("tokenising", n_rows) if self.progress else nullcontext(_ignore) as advance:
             made = {name: self._tokenise(name, *part, advance) for name, part in parts.items()}
-        self.train, train_report = made["train"]
-        self.validation, validation_report = made.get("validation", (None, None))
-        self.fingerprint = hashlib.sha256(
-            "".join(samples.fingerprint() for samples, _ in made.values()).encode()
-        ).hexdigest()
-        self.report = {
+        reports = {name: report for name, (_, report) in made.items()}
+        fingerprints = "".join(samples.fingerprint() for samples, _ in made.values())
+        return {name: samples for name, (samples, _) in made.items()}, {
             "source": self.source,
             "data_files": self.data_files,
             "split": self.split,
@@ -191,13 +230,13 @@ class InstructDataset:
             "seq_len": self.seq_len,
             "too_long": self.too_long,
             "train_on_input": self.train_on_input,
-            "train": train_report,
-            "validation": validation_report,
-            "warnings": [line for name, (_, part) in made.items() for line in self._warnings(name, part)],
+            "train": reports["train"],
+            "validation": reports.get("validation"),
+            "warnings": [line for name, report in reports.items() for line in self._warnings(name, report)],
             "fingerprints": {
                 "rows": hashlib.sha256(digests.tobytes()).hexdigest(),
                 "tokenizer": self.tokenizer.fingerprint,
-                "dataset": self.fingerprint,
+                "dataset": hashlib.sha256(fingerprints.encode()).hexdigest(),
             },
         }
 

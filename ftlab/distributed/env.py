@@ -1,12 +1,16 @@
-"""What this process runs on: the device, and how fast it can multiply matrices."""
+"""What this process is and runs on: its rank, its device, and how fast that can multiply matrices."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import time
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
+from ftlab.distributed.started import group_of_this_process
 from ftlab.errors import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -18,6 +22,63 @@ _PEAK_FLOPS = {
     ("A100", torch.bfloat16): 312e12,
     ("RTX 4090", torch.bfloat16): 165e12,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerEnv:
+    """One process of a run.
+
+    Attributes:
+        rank: among all ``world_size`` processes of the run.
+        local_rank: among the ``local_world_size`` processes on this machine.
+        device: where it computes; on a machine with several GPUs the one of its local rank.
+        store: where the processes meet; None: at the address that the environment names.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    store: dist.Store | None = None
+
+    @classmethod
+    def alone(cls, device_name: str) -> WorkerEnv:
+        """The only process of a run."""
+        return cls(rank=0, local_rank=0, world_size=1, local_world_size=1, device=pick_device(device_name))
+
+    @classmethod
+    def here(cls, device_name: str) -> WorkerEnv:
+        """This process as its starter described it in the environment; alone where nobody did.
+
+        Raises:
+            ConfigError: for a description that is incomplete or contradicts itself, naming the variable.
+        """
+        group = group_of_this_process()
+        if group is None:
+            return cls.alone(device_name)
+        device = pick_device(device_name)
+        if device.type == "cuda":
+            n_gpus = torch.cuda.device_count()
+            if group.local_rank >= n_gpus:
+                raise ConfigError(
+                    "LOCAL_RANK",
+                    f"{group.local_rank}, but this machine shows {n_gpus} GPUs",
+                    f"as many processes per machine as GPUs: {n_gpus}",
+                )
+            device = torch.device("cuda", group.local_rank)
+        return cls(**group._asdict(), device=device)
+
+
+def share_cores(local_world_size: int) -> None:
+    """Give each of this machine's ranks its share of the cores, unless ``OMP_NUM_THREADS`` says how many to use.
+
+    For this process and those that it starts. torchrun sets the variable itself, to 1.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // local_world_size))
+        torch.set_num_threads(max(1, cores // local_world_size))
 
 
 def pick_device(name: str) -> torch.device:
@@ -47,11 +108,11 @@ def keep_freed_memory() -> None:
             mallopt(option, 2**31 - 1)
 
 
-def describe_device(device: torch.device) -> str:
-    """The device for people: ``NVIDIA H200``, ``CPU, 2 threads``."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type.upper()}, {torch.get_num_threads()} threads"
+def describe_device(device: torch.device, n_ranks: int = 1) -> str:
+    """The device for people, and how many such: ``NVIDIA H200 × 4``, ``CPU, 2 threads``."""
+    cpu = f"{device.type.upper()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return f"{name} × {n_ranks}" if n_ranks > 1 else name
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -15,7 +15,7 @@ from ftlab.data.templates import Template
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
-from ftlab.distributed.single import Single
+from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
 from ftlab.run import build_model
 from ftlab.training.generate import generate
@@ -37,7 +37,7 @@ def ask(folder: Path, instruction: str, *, input: str, on_text: Callable[[str], 
     tokenizer: Tokenizer = build(_beside(config["tokenizer"], export))
     template: Template = build(config["dataset"]["template"])
     precision: Precision = build(config["precision"])
-    parallel = Single(device=pick_device(config["device"]))
+    parallel = OneRank(pick_device(config["device"]))
     model_config = replace(build(config["model"]), vocab_size=tokenizer.vocab_size, checkpoint=str(export))
     model = build_model(model_config, export, precision, parallel, seed=0)
     text = TextStream(tokenizer, on_text)

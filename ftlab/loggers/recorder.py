@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """The loggers of one run as one, and its ``run.json``."""
+    """The loggers of one run as one, and its ``run.json``; on ranks other than 0 no loggers, and a silent folder."""
 
     def __init__(self, folder: RunFolder, loggers: Sequence[Logger]):
         self.folder = folder
@@ -50,12 +50,15 @@ class Recorder:
             logger.log_samples(samples, step)
 
     def finish(self, status: Status, error: BaseException | None, **fields: Any) -> None:
-        """Draw the plots, close the loggers and ``run.json``; called once, whatever happened before."""
-        if self._started:
+        """Close ``run.json``, draw the plots and close the loggers; called once, whatever happened before.
+
+        In this order, because a rank that lost another may have no time for all of it.
+        """
+        self.folder.finish(status, error=error, metrics=self.latest, **fields)
+        if self._started and self._loggers:
             self.artifacts += draw_plots(self.folder.path)
             for logger in self._loggers:
                 logger.finish(status, self.latest, self.artifacts)
-        self.folder.finish(status, error=error, metrics=self.latest, **fields)
 
 
 @contextmanager

@@ -1,8 +1,4 @@
-"""The parts of a Llama-family block: rotary embedding, grouped-query attention, SwiGLU, key/value cache.
-
-RMSNorm is ``torch.nn.RMSNorm``: bitwise equal to transformers' in float32; in bfloat16 it rounds once where
-transformers rounds twice (before and after the weight), and so is closer to the exact value.
-"""
+"""The parts of a Llama-family block: RMSNorm, rotary embedding, grouped-query attention, SwiGLU, key/value cache."""
 
 from __future__ import annotations
 
@@ -12,6 +8,20 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) with the gain brought to the input's dtype.
+
+    Under FSDP with mixed precision a block's gains arrive in the compute dtype while the residual stream is in
+    float32, and torch has a fused kernel for equal dtypes only. Bitwise equal to transformers' in float32; in
+    bfloat16 it rounds once where transformers rounds twice (before and after the gain), and so is closer to the
+    exact value.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., dim) -> (..., dim)."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Rotation:

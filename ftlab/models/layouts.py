@@ -6,11 +6,14 @@ that wants one tensor, or one shard of one tensor, pays for that alone.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,11 @@ def hf_names(n_layers: int) -> dict[str, str]:
     return _for_layers(HF_NAMES, n_layers)
 
 
+def meta_names(n_layers: int) -> dict[str, str]:
+    """Our parameter names -> Meta's, for a model of n_layers."""
+    return _for_layers(META_NAMES, n_layers)
+
+
 def _for_layers(names: dict[str, str], n_layers: int) -> dict[str, str]:
     return {
         ours.format(i): theirs.format(i)
@@ -95,7 +103,7 @@ def open_folder(folder: Path, config: ModelConfig) -> Layout:
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         names, tensors = hf_names(config.n_layers), _open_safetensors(folder)
     elif any(folder.glob("consolidated.*.pth")):
-        names, tensors = _for_layers(META_NAMES, config.n_layers), _open_consolidated(folder, config)
+        names, tensors = meta_names(config.n_layers), _open_consolidated(folder, config)
     else:
         holds = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ConfigError(
@@ -117,9 +125,15 @@ def _open_safetensors(folder: Path) -> dict[str, StoredTensor]:
                 KEY, f"{path} ({path.stat().st_size} bytes) is not a readable safetensors file: {error}"
             ) from error
         for name in shard.keys():  # noqa: SIM118 -- a safetensors handle, not a dict
-            stored = shard.get_slice(name)
-            tensors[name] = StoredTensor(tuple(stored.get_shape()), stored.__getitem__)
+            shape = tuple(shard.get_slice(name).get_shape())
+            tensors[name] = StoredTensor(shape, partial(_read_rows, path, name))
     return tensors
+
+
+def _read_rows(path: Path, name: str, rows: slice) -> Tensor:
+    """Those rows of one tensor. The file is mapped for as long as they live: pages once read count as memory."""
+    with safe_open(path, framework="pt") as shard:
+        return shard.get_slice(name)[rows]
 
 
 def _indexed_shards(folder: Path) -> list[Path]:
@@ -162,8 +176,7 @@ def _open_consolidated(folder: Path, config: ModelConfig) -> dict[str, StoredTen
     """Meta's layout: shard NN holds the slice of every matrix that model-parallel rank NN computed with.
 
     Memory: the shards are mapped, not read, and merging happens tensor by tensor as each is asked for.
-    Above the model itself there is one merged tensor at a time; mapped pages are clean and the kernel takes
-    them back.
+    Above the model itself there is one merged tensor at a time and the pages it came from.
     """
     paths = sorted(folder.glob("consolidated.*.pth"))
     expected = [folder / f"consolidated.{i:02d}.pth" for i in range(len(paths))]
@@ -200,17 +213,21 @@ def _merge(name: str, parts: list[Tensor], config: ModelConfig) -> StoredTensor:
     n_rows, whole = parts[0].shape[0], list(parts[0].shape)
     order = None
     if parts[0].ndim == 1:
-        return StoredTensor(tuple(whole), lambda rows: parts[0][rows])
+        return StoredTensor(tuple(whole), lambda rows: parts[0][rows].clone())
     by_columns = name.endswith((".wo.weight", ".w2.weight")) or (
         name == META_NAMES["embedding.weight"] and parts[0].shape[1] != config.dim
     )
     whole[1 if by_columns else 0] *= len(parts)
-    if by_columns:
-        return StoredTensor(tuple(whole), lambda rows: torch.cat([part[rows] for part in parts], dim=1))
     if name.endswith((".wq.weight", ".wk.weight")):
         order = _halves_from_pairs(n_rows, config)
 
     def read(rows: slice) -> Tensor:
+        merged = torch.cat([part[rows] for part in parts], dim=1) if by_columns else stacked(rows)
+        for part in parts:
+            _release_pages(part)
+        return merged
+
+    def stacked(rows: slice) -> Tensor:
         start, stop, _ = rows.indices(whole[0])
         pieces = []
         for i, part in enumerate(parts):
@@ -220,6 +237,19 @@ def _merge(name: str, parts: list[Tensor], config: ModelConfig) -> StoredTensor:
         return torch.cat(pieces)
 
     return StoredTensor(tuple(whole), read)
+
+
+def _release_pages(mapped: Tensor) -> None:
+    """Take the pages of a tensor in a mapped file out of this process; they would be read again if need be.
+
+    Without it the whole file ends up in the process's resident set, which is what job limits are held against.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):
+        begin = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: the first and last are shared
+        size = mapped.data_ptr() + mapped.nbytes - begin
+        if size > 0:
+            libc = ctypes.CDLL(None)
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def _halves_from_pairs(n_rows: int, config: ModelConfig) -> Tensor | None:

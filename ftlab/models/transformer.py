@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlab.errors import ConfigError
-from ftlab.models.layers import Attention, KVCache, LayerCache, RotaryEmbedding, Rotation, SwiGLU
+from ftlab.models.layers import Attention, KVCache, LayerCache, RMSNorm, RotaryEmbedding, Rotation, SwiGLU
+from ftlab.models.shards import held_rows
 
 INIT_STD = 0.02
+INIT_ROWS = 256  # drawn together, see Transformer.init_weights
 
 # hidden (N, dim), head weight (V, dim), targets (N,) -> scalar
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -155,11 +157,11 @@ class Block(nn.Module):
         super().__init__()
         assert config.n_kv_heads is not None  # ModelConfig resolved them
         assert config.head_dim is not None
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(
             dim=config.dim, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim
         )
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = SwiGLU(dim=config.dim, hidden_dim=config.ffn_hidden_dim)
 
     def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
@@ -183,7 +185,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.rotary = RotaryEmbedding(config.head_dim, config.max_seq_len, config.rope_theta)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
 
     def forward(
@@ -231,26 +233,37 @@ class Transformer(nn.Module):
         return loss(hidden.flatten(0, 1), head_weight, targets.flatten())
 
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter with fresh random values, in place.
+        """Fill every parameter with fresh random values, in place; of sharded ones, the rows of this rank.
 
-        The same seed gives the same values on every device and, up to rounding, in every dtype: each
-        parameter is drawn on the CPU in float32 from a generator of its own, seeded by ``seed`` and its
-        name. Threads only shorten it (one core draws about 70 M normals per second, a 7B model's take 1.5
-        minutes).
+        The same seed gives the same values on every device, however parameters are sharded and, up to rounding,
+        in every dtype: rows are drawn in blocks, on the CPU in float32, each block from a generator of its own,
+        seeded by ``seed``, the parameter's name and the block's number. A rank draws the blocks that it holds
+        rows of. One core draws about 70 M normals per second: a whole 7B model takes 1.5 minutes of it.
         """
-        threads = min(8, torch.get_num_threads())  # each holds one parameter in float32
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda item: self._init_parameter(item[0], item[1], seed), self.named_parameters()))
+        draws = [
+            (name, local, rows, block)
+            for name, parameter in self.named_parameters()
+            for local, rows in [held_rows(parameter)]
+            for block in range(rows.start // INIT_ROWS, -(-rows.stop // INIT_ROWS))
+        ]
+        with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
+            list(pool.map(lambda draw: self._init_rows(seed, *draw), draws))
 
     @torch.no_grad()
-    def _init_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
-        if parameter.ndim == 1:  # RMSNorm weights
-            parameter.fill_(1.0)
+    def _init_rows(self, seed: int, name: str, local: Tensor, rows: slice, block: int) -> None:
+        """Draw one block of a parameter's rows into ``local``, which holds ``rows`` of it."""
+        start = block * INIT_ROWS
+        held = slice(max(start, rows.start), min(start + INIT_ROWS, rows.stop))
+        destination = local[held.start - rows.start : held.stop - rows.start]
+        if local.ndim == 1:  # RMSNorm weights
+            destination.fill_(1.0)
             return
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}:{name}:{block}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
-        drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        parameter.copy_(drawn.normal_(0.0, self._init_std(name), generator=generator))
+        # Whole blocks, also where the parameter ends within one: its last rows are then the same in any length.
+        drawn = torch.empty(INIT_ROWS, *local.shape[1:], dtype=torch.float32, device="cpu")
+        drawn.normal_(0.0, self._init_std(name), generator=generator)
+        destination.copy_(drawn[held.start - start : held.stop - start])
 
     def _init_std(self, name: str) -> float:
         config = self.config

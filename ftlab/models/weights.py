@@ -6,10 +6,10 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ftlab.errors import ConfigError, ConfigErrors
@@ -24,6 +24,8 @@ from ftlab.models.layouts import (
     hf_names,
     open_folder,
 )
+from ftlab.models.safetensors_stream import SafetensorsWriter
+from ftlab.models.shards import all_rows, barrier, held_rows, this_rank
 from ftlab.models.transformer import ModelConfig, Transformer
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub's tools and transformers use
@@ -93,10 +95,11 @@ def load_weights(model: Transformer, folder: Path) -> None:
     """Copy a folder's weights into the model's parameters, in place and in their dtype.
 
     The folder is compared with the model first (its config.json or params.json, then every tensor's shape),
-    so nothing is changed when it does not fit. Peak memory above the parameters: one tensor.
+    so nothing is changed when it does not fit. Of a sharded parameter each rank reads its own rows. Peak memory
+    above the parameters: one tensor, or this rank's rows of it.
 
     Args:
-        model: parameters allocated (``to_empty``), not on meta.
+        model: parameters allocated (``to_empty``), not on meta; whole or sharded.
         folder: Hugging Face (single file or index) or Meta (consolidated.NN.pth, any number of shards)
         layout.
 
@@ -116,9 +119,11 @@ def load_weights(model: Transformer, folder: Path) -> None:
 
 @torch.no_grad()
 def assign(parameter: Tensor, stored: StoredTensor) -> None:
-    """Fill one parameter from its files, reading only the rows it holds."""
+    """Fill one parameter from its files, reading only the rows that this rank holds."""
     assert not parameter.is_meta, "copying into a meta tensor does nothing: call to_empty first"
-    parameter.copy_(stored.read(slice(0, parameter.shape[0])))
+    local, rows = held_rows(parameter)
+    if len(local):
+        local.copy_(stored.read(rows))
 
 
 def _compare_sizes(config: ModelConfig, folder: Path) -> None:
@@ -172,34 +177,49 @@ def export_weights(
 ) -> None:
     """Write the model as a Hugging Face folder, which ``transformers.AutoModelForCausalLM`` and vLLM open.
 
-    Writes config.json, generation_config.json and model.safetensors, or shards and their index; earlier
-    weights in the folder are removed first. config.json comes last, so that a folder cut short does not
-    open. Peak memory above the model: one file's tensors, and nothing for a CPU model that is in ``dtype``
-    already.
+    Writes config.json, generation_config.json and model.safetensors, or files and their index; what an earlier
+    export left in the folder is removed first. config.json comes last, so that a folder cut short does not open.
+    Rank 0 writes, and every rank must call it: shards come to rank 0 in pieces and go to the file at once, so
+    that peak memory above the model is a few times 4 MiB.
 
     Args:
-        model: the weights to write; tied heads are left out, as transformers expects.
+        model: the weights to write, whole or sharded; tied heads are left out, as transformers expects.
         folder: created if absent.
         dtype: of the files' tensors.
         bos_id, eos_id, pad_id: the tokenizer's, for whoever generates with the folder.
         max_shard_bytes: largest file; a single larger tensor still gets a file of its own.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in [folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
-        stale.unlink(missing_ok=True)
     names = hf_names(model.config.n_layers)
     parameters = {names[name]: parameter for name, parameter in model.named_parameters()}
     files = _plan_files(parameters, dtype.itemsize, max_shard_bytes)
+    writes = this_rank() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        indexed = folder.glob("model-*-of-*.safetensors")
+        for stale in [folder / "config.json", folder / SINGLE, folder / INDEX, *indexed]:
+            stale.unlink(missing_ok=True)
     for file, tensors in files.items():
-        content = {name: _host_copy(parameters[name], dtype) for name in tensors}
-        save_file(content, folder / file, metadata={"format": "pt"})
-    if len(files) > 1:
-        total = sum(parameter.numel() for parameter in parameters.values()) * dtype.itemsize
-        weight_map = {name: file for file, tensors in files.items() for name in tensors}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    _write_json(folder / "generation_config.json", token_ids)
-    _write_json(folder / "config.json", _hf_config(model.config, dtype) | token_ids)
+        _write_tensors(folder / file if writes else None, {name: parameters[name] for name in tensors}, dtype)
+    if writes:
+        if len(files) > 1:
+            total = sum(parameter.numel() for parameter in parameters.values()) * dtype.itemsize
+            weight_map = {name: file for file, tensors in files.items() for name in tensors}
+            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+        _write_json(folder / "generation_config.json", token_ids)
+        _write_json(folder / "config.json", _hf_config(model.config, dtype) | token_ids)
+    barrier()  # no rank goes on as if the folder were there before it is
+
+
+def _write_tensors(path: Path | None, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write one file; with no ``path``, send this rank's rows to the rank that writes."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    with nullcontext() if path is None else SafetensorsWriter(path, shapes, dtype) as file:
+        for parameter in parameters.values():
+            for piece in all_rows(parameter):  # there are some on rank 0 only
+                assert file is not None
+                file.write(piece)
+            barrier()  # else a rank with little to send would wait for the disk in its next collective, and time out
 
 
 def _plan_files(parameters: Mapping[str, Tensor], itemsize: int, max_bytes: int) -> dict[str, list[str]]:
@@ -216,10 +236,6 @@ def _plan_files(parameters: Mapping[str, Tensor], itemsize: int, max_bytes: int)
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
-
-
-def _host_copy(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    return parameter.detach().to("cpu", dtype).contiguous()
 
 
 def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:

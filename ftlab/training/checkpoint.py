@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ftlab.data.tokenizers import Tokenizer
+from ftlab.models.shards import this_rank
 from ftlab.models.transformer import Transformer
 from ftlab.models.weights import export_weights
 
@@ -20,7 +21,11 @@ class CheckpointConfig:
 
 
 def export_model(model: Transformer, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype) -> Path:
-    """Write model and tokenizer as one Hugging Face folder, complete for transformers and vLLM; returns the folder."""
+    """Write model and tokenizer as one Hugging Face folder, complete for transformers and vLLM; returns the folder.
+
+    Every rank must call it; rank 0 writes.
+    """
+    if this_rank() == 0:  # before the weights, whose config.json makes the folder complete
+        tokenizer.save(folder)
     export_weights(model, folder, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=None)
-    tokenizer.save(folder)
     return folder

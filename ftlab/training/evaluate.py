@@ -66,7 +66,7 @@ class Evaluator:
             # exp(700) is about the largest float64: a diverged model still gets a number.
             metrics = {"val/loss": val_loss, "val/perplexity": math.exp(min(val_loss, 700.0))}
             if step > 0:
-                samples = self._answer(model, step)
+                samples = self._answer(model, step, parallel)
                 metrics |= exact_match(samples)
                 self.on_samples(samples[: self.config.n_samples], step)
         model.train()
@@ -95,23 +95,30 @@ class Evaluator:
         nll_sum, n_targets = parallel.sum(total).tolist()
         return nll_sum / n_targets
 
-    def _answer(self, model: Transformer, step: int) -> list[Sample]:
-        """Greedy answers: to every validation prompt if answers are verifiable, else to the first ``n_samples``."""
+    def _answer(self, model: Transformer, step: int, parallel: Parallelism) -> list[Sample]:
+        """Greedy answers: to every validation prompt if answers are verifiable, else to the first ``n_samples``.
+
+        Prompts are dealt to the ranks like rows; every rank returns all answers.
+        """
         dataset = self.validation
         verifiable = dataset.family(0) is not None
         n = len(dataset) if verifiable else min(self.config.n_samples, len(dataset))
         if verifiable and self.config.max_batches is not None:
-            n = min(n, self.config.max_batches * self.config.batch_size)
+            n = min(n, self.config.max_batches * self.config.batch_size * parallel.dp_size)
+        mine = range(parallel.dp_rank, n, parallel.dp_size)
         answers = generate(
             model,
-            [dataset.prompt_tokens(i) for i in range(n)],
+            [dataset.prompt_tokens(i) for i in mine],
             max_new_tokens=self.config.max_new_tokens,
             eos_id=self.tokenizer.eos_id,
             temperature=0.0,
             top_p=1.0,
             seed=0,
+            any_rank=lambda busy: bool(parallel.sum(torch.tensor(int(busy), device=parallel.device))),
         )
-        return [self._sample(i, answer, step) for i, answer in enumerate(answers)]
+        everyone = parallel.gather(dict(zip(mine, answers, strict=True)))
+        answer_to = {i: answer for answers in everyone for i, answer in answers.items()}
+        return [self._sample(i, answer_to[i], step) for i in range(n)]
 
     def _sample(self, i: int, answer: list[int], step: int) -> Sample:
         dataset = self.validation

@@ -25,6 +25,7 @@ def generate(
     top_p: float,
     seed: int,
     on_token: Callable[[int, int], None] | None = None,
+    any_rank: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Continue every prompt until EOS, ``max_new_tokens`` or the model's ``max_seq_len``.
 
@@ -39,6 +40,9 @@ def generate(
         top_p: sampling is limited to the fewest most probable tokens that reach this probability, in (0, 1].
         seed: of the sampling; drawn on the CPU, so devices agree.
         on_token: called with (index of the prompt, new token) as tokens come, for streaming.
+        any_rank: whether its argument is true on any rank that generates at the same time, each its own prompts;
+            a collective. Where weights are sharded every forward is one too, so a rank that is done goes on
+            computing, for nothing, until all are.
 
     Returns:
         The new tokens of each prompt, in the prompts' order.
@@ -70,25 +74,34 @@ def generate(
     try:
         for length, rows in rows_by_length.items():
             n_new = min(max_new_tokens, model.config.max_seq_len - length)
-            tokens = torch.tensor([prompts[row] for row in rows], device=next(model.parameters()).device)
-            for new_tokens in _decode(model, tokens, n_new, eos_id, choose):
+            tokens = torch.tensor([prompts[row] for row in rows], device=next(model.buffers()).device)
+            for new_tokens in _decode(model, tokens, n_new, eos_id, choose, any_rank):
                 for row, token in zip(rows, new_tokens, strict=True):
                     if token is not None:
                         results[row].append(token)
                         if on_token is not None:
                             on_token(row, token)
+        one_token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.buffers()).device)
+        while any_rank(False):
+            model(one_token)
     finally:
         model.train(was_training)
     return results
 
 
 def _decode(
-    model: Transformer, tokens: Tensor, n_new: int, eos_id: int, choose: Callable[[Tensor], Tensor]
+    model: Transformer,
+    tokens: Tensor,
+    n_new: int,
+    eos_id: int,
+    choose: Callable[[Tensor], Tensor],
+    any_rank: Callable[[bool], bool],
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the new token of each row of tokens (B, T); None for a row that met EOS."""
     cache = KVCache(model.config.n_layers, capacity=tokens.shape[1] + n_new)
     running = [True] * len(tokens)
     for _ in range(n_new):
+        any_rank(True)
         chosen = choose(_last_logits(model, tokens, cache))
         ids = chosen.tolist()
         running = [runs and token != eos_id for runs, token in zip(running, ids, strict=True)]

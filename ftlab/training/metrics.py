@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
@@ -19,11 +20,12 @@ class PhaseClock:
     queued, not done, when a phase ends: the parts then say where the *host* was,
     and only their sum over a window that ends in a synchronisation is exact.
     ``synchronize`` makes the parts exact too, at the price of the overlap
-    (``benchmarks/step.py`` does).
+    (``benchmarks/step.py`` does). ``on_enter`` is told every phase as it begins.
     """
 
-    def __init__(self, synchronize: torch.device | None = None):
+    def __init__(self, synchronize: torch.device | None = None, on_enter: Callable[[str], None] = lambda _: None):
         self._synchronize = synchronize if synchronize is not None and synchronize.type == "cuda" else None
+        self.on_enter = on_enter
         self.phase = "start"
         self._since = time.perf_counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -35,6 +37,7 @@ class PhaseClock:
         now = time.perf_counter()
         self._seconds[self.phase] += now - self._since
         self.phase, self._since = phase, now
+        self.on_enter(phase)
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last ``take``; the current phase goes on."""

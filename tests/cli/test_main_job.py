@@ -67,9 +67,7 @@ def test_the_run_folder_holds_what_the_contract_says(tiny_run):
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_order(tiny_run):
-    first, again, other = (
-        tiny_run(FIVE, f"seed={seed}", name=name) for name, seed in (("a", 0), ("b", 0), ("c", 1))
-    )
+    first, again, other = (tiny_run(FIVE, f"seed={seed}", name=name) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert first.losses == again.losses
     weights, same = (load_file(run.folder / "export/model.safetensors") for run in (first, again))
     assert all(torch.equal(weights[name], same[name]) for name in weights)

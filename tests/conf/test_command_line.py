@@ -140,7 +140,7 @@ def test_an_experiment_may_be_a_sweep(script: Script, tmp_path: Path) -> None:
 def test_ctrl_c_before_the_run_exits_130_quietly(
     script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(check, "check_command_line", interrupt)

@@ -63,6 +63,11 @@ WRONG = {
         ["scheduler.warmup_steps: 9", "trainer.max_steps = 5"],
     ),
     "two warmups": (["scheduler.warmup_steps=9", "scheduler.warmup_ratio=0.1"], ["set at most one of"]),
+    "degrees": (
+        ["parallelism=hsdp", "parallelism={replicate_degree:2,shard_degree:2,nproc_per_node:2}"],
+        ["replicate_degree × shard_degree = 2 × 2 = 4", "2 × 1 = 2 ranks", "try: parallelism.replicate_degree=null"],
+    ),
+    "recomputation": (["parallelism.activation_checkpointing=ful"], ["none, full, selective", "checkpointing=full"]),
     "beta": (["optimizer.betas=[0.9,1.0]"], ["optimizer.betas.1: must be in 0 <= beta < 1, got 1.0"]),
     "beta by its index": (["optimizer.betas.0=2"], ["0 <= beta < 1", "try: optimizer.betas.0=0.9"]),
     "index in brackets": (["optimizer.betas[0]=0.8"], ["try: optimizer.betas.0=0.8"]),

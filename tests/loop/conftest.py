@@ -11,8 +11,9 @@ import torch
 
 from ftlab.data.batch import Sample
 from ftlab.data.loader import BatchLoader
+from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
-from ftlab.distributed.single import Single
+from ftlab.distributed.single import OneRank
 from ftlab.losses import CrossEntropy
 from ftlab.models.transformer import ModelConfig
 from ftlab.optim.groups import decay_groups
@@ -78,66 +79,71 @@ class HandRun:
         return [line["train/loss"] for line in self.lines]
 
 
+def build_hand_run(
+    rows: Rows,
+    *,
+    parallel: Parallelism | None = None,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+    lr: float = 0.1,
+    fused: bool = True,
+    batch_size: int = 4,
+    accumulation: int = 1,
+    precision: str = "fp32",
+    seed: int = 0,
+    shuffle: bool = True,
+    **trainer: int | float | None,
+) -> HandRun:
+    """A run of ``MODEL`` on ``rows``, here or as one rank of ``parallel``; ``fit(result.run)`` trains it."""
+    defaults = {"epochs": None, "max_steps": None, "max_steps_per_epoch": None, "max_grad_norm": 1.0}
+    settings = TrainerConfig(
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        global_batch_size=None,
+        **{"log_every_steps": 1} | defaults | trainer,
+    )
+    numbers = precision_of(precision)
+    parallel = parallel or OneRank(CPU)
+    loader = BatchLoader(
+        rows,
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        shuffle=shuffle,
+        seed=seed,
+        dp_rank=parallel.dp_rank,
+        dp_size=parallel.dp_size,
+        pad_id=0,
+    )
+    model = build_model(MODEL, None, numbers, parallel, seed)
+    update = optimizer(decay_groups(model), lr=lr, weight_decay=0.0, fused=fused)
+    total = settings.total_steps(loader.steps_per_epoch)
+    schedule = Constant(total_steps=total, warmup_steps=0, warmup_ratio=None)
+    lines: list[dict[str, float]] = []
+    run = Run(
+        trainer=settings,
+        state=TrainState(
+            model=model,
+            optimizer=update,
+            scheduler=torch.optim.lr_scheduler.LambdaLR(update, schedule),
+            scaler=numbers.grad_scaler(parallel.device),
+        ),
+        loader=loader,
+        loss=CrossEntropy(label_smoothing=0.0, z_loss=0.0),
+        precision=numbers,
+        parallel=parallel,
+        evaluator=None,
+        log=lambda metrics, step: lines.append({"step": step, **metrics}),
+        step_flops=lambda lengths: float(sum(lengths)),
+        peak_flops=1e12,
+    )
+    return HandRun(run, lines)
+
+
+def precision_of(option: str) -> Precision:
+    param_dtype, compute_dtype, loss_scaling = PRECISIONS[option]
+    return Precision(param_dtype=param_dtype, compute_dtype=compute_dtype, loss_scaling=loss_scaling)
+
+
 @pytest.fixture
 def hand_run() -> Callable[..., HandRun]:
     """Build a run: ``hand_run(rows, lr=…, batch_size=…, precision=…, …)``; ``fit(result.run)`` trains it."""
-
-    def make(
-        rows: Rows,
-        *,
-        optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
-        lr: float = 0.1,
-        fused: bool = True,
-        batch_size: int = 4,
-        accumulation: int = 1,
-        precision: str = "fp32",
-        seed: int = 0,
-        shuffle: bool = True,
-        **trainer: int | float | None,
-    ) -> HandRun:
-        defaults = {"epochs": None, "max_steps": None, "max_steps_per_epoch": None, "max_grad_norm": 1.0}
-        settings = TrainerConfig(
-            batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            global_batch_size=None,
-            **{"log_every_steps": 1} | defaults | trainer,
-        )
-        param_dtype, compute_dtype, loss_scaling = PRECISIONS[precision]
-        numbers = Precision(param_dtype=param_dtype, compute_dtype=compute_dtype, loss_scaling=loss_scaling)
-        parallel = Single(device=CPU)
-        loader = BatchLoader(
-            rows,
-            batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            shuffle=shuffle,
-            seed=seed,
-            dp_rank=0,
-            dp_size=1,
-            pad_id=0,
-        )
-        model = build_model(MODEL, None, numbers, parallel, seed)
-        update = optimizer(decay_groups(model), lr=lr, weight_decay=0.0, fused=fused)
-        total = settings.total_steps(loader.steps_per_epoch)
-        schedule = Constant(total_steps=total, warmup_steps=0, warmup_ratio=None)
-        loss = CrossEntropy(label_smoothing=0.0, z_loss=0.0)
-        lines: list[dict[str, float]] = []
-        run = Run(
-            trainer=settings,
-            state=TrainState(
-                model=model,
-                optimizer=update,
-                scheduler=torch.optim.lr_scheduler.LambdaLR(update, schedule),
-                scaler=numbers.grad_scaler(CPU),
-            ),
-            loader=loader,
-            loss=loss,
-            precision=numbers,
-            parallel=parallel,
-            evaluator=None,
-            log=lambda metrics, step: lines.append({"step": step, **metrics}),
-            step_flops=lambda lengths: float(sum(lengths)),
-            peak_flops=1e12,
-        )
-        return HandRun(run, lines)
-
-    return make
+    return build_hand_run

@@ -1,0 +1,320 @@
+"""Who of this machine's ranks is alive, and what it was doing when it no longer was.
+
+Every rank writes its step and phase into a small file that all ranks of the machine have mapped into memory, which
+costs nothing, and survives the rank. A thread of every rank watches the others: when one has died or fallen silent,
+the survivors stop within seconds, and the first to know says why, once.
+"""
+
+from __future__ import annotations
+
+import _thread
+import fcntl
+import json
+import math
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from ftlab.errors import FtlabError
+
+_RECORD = struct.Struct("iiiqq16s")  # rank, pid, whether it has left in order, pulse, step, phase
+_SLOT = 64  # bytes per rank
+_FAILURE = 64 * 1024  # bytes for the first failure, a JSON object
+_LOST = "Lost"
+_POLL_S = 0.1
+_CULPRIT_S = 1.0  # how long a rank whose exchange broke waits to learn who broke it
+_CLOSE_LOST_S = 1.5  # how long a rank may take to close its files once another is lost
+_CLOSE_S = 8.0  # the same after Ctrl-C or an error that a rank could tell of itself
+
+
+class Pulse(NamedTuple):
+    """What one rank last wrote."""
+
+    rank: int
+    pid: int
+    left: int
+    pulse: int  # counts up for as long as the process runs
+    step: int
+    phase: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a group of ranks stopped: the first thing that went wrong on this machine."""
+
+    rank: int
+    step: int
+    phase: str
+    kind: str
+    message: str
+    exit_code: int
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether someone wanted it so: Ctrl-C, SIGTERM."""
+        return self.exit_code > 128
+
+
+class RankError(FtlabError):
+    """A rank is gone, or another one's failure ended this one; says which, where it was, and why."""
+
+    def __init__(self, failure: Failure):
+        self.failure = failure
+        self.exit_code = failure.exit_code
+        super().__init__(failure)
+
+    def __str__(self) -> str:
+        return self.failure.message
+
+
+class Board:
+    """The file in memory: one record per local rank, and one place for the first failure."""
+
+    def __init__(self, path: Path, n_ranks: int):
+        self.n_ranks = n_ranks
+        self._file = path.open("r+b")
+        self._memory = mmap.mmap(self._file.fileno(), n_ranks * _SLOT + _FAILURE)
+
+    @classmethod
+    def create(cls, path: Path, n_ranks: int) -> Board:
+        """A new board; the other ranks open it by its path."""
+        aside = path.with_suffix(".tmp")
+        aside.write_bytes(bytes(n_ranks * _SLOT + _FAILURE))
+        os.replace(aside, path)
+        return cls(path, n_ranks)
+
+    def write(self, local_rank: int, pulse: Pulse) -> None:
+        """Set one rank's record; each rank writes only its own."""
+        record = _RECORD.pack(*pulse[:5], pulse.phase.encode())
+        self._memory[local_rank * _SLOT : local_rank * _SLOT + _RECORD.size] = record
+
+    def read(self, local_rank: int) -> Pulse | None:
+        """One rank's record; None before it has written any."""
+        *numbers, phase = _RECORD.unpack_from(self._memory, local_rank * _SLOT)
+        rank, pid, left, pulse, step = numbers
+        return Pulse(rank, pid, left, pulse, step, phase.rstrip(b"\0").decode()) if pid else None
+
+    def claim(self, failure: Failure) -> bool:
+        """Put ``failure`` down as the first; False when there is one already."""
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        try:
+            if self.failure() is not None:
+                return False
+            text = json.dumps(asdict(failure)).encode()
+            if len(text) >= _FAILURE:
+                text = json.dumps(asdict(failure) | {"message": failure.message[-_FAILURE // 8 :]}).encode()
+            start = self.n_ranks * _SLOT
+            self._memory[start : start + len(text)] = text
+            return True
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def failure(self) -> Failure | None:
+        """The first failure; None as long as there is none."""
+        text = self._memory[self.n_ranks * _SLOT :].rstrip(b"\0")
+        try:
+            return Failure(**json.loads(text)) if text else None
+        except ValueError:  # half written: there will be one in a moment
+            return None
+
+
+class Watch:
+    """This rank's entry on the board and its eye on the others; a context around all that a rank does.
+
+    Args:
+        board: of this machine.
+        rank, local_rank: this process's.
+        timeout_s: a rank that shows no sign of life for so long is lost.
+        on_stuck: called with the reason when this process has to stop and its main thread does not come back
+            from wherever it is; the process ends right after.
+        publish, elsewhere: tell the other machines of a failure; ask whether they have told of one.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        *,
+        rank: int,
+        local_rank: int,
+        timeout_s: float,
+        on_stuck: Callable[[RankError], None],
+        publish: Callable[[Failure], None],
+        elsewhere: Callable[[], Failure | None],
+    ):
+        self.board, self.rank, self.local_rank, self.timeout_s = board, rank, local_rank, timeout_s
+        self._on_stuck, self._publish, self._elsewhere = on_stuck, publish, elsewhere
+        self._step, self._phase, self._left, self._count = 0, "start", 0, 0
+        self._still: dict[int, tuple[int, float]] = {}  # local rank: its last pulse, seconds for which that stood still
+        self._closing = False
+        self._lock = threading.Lock()
+        self._parent = os.getppid()
+        self._wake, self._signals = socket.socketpair()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._beat()
+        self._wake.setblocking(False)
+        self._signals.setblocking(False)
+        # A byte arrives at once; a handler only when the main thread is back in Python, which may be never.
+        self._handlers = {
+            signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt),
+            # SIGTERM mostly means that another rank failed: the thread finds out, and stops this one in good order.
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None),
+        }
+        self._wakeup_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._left = 1
+        self._beat()
+        self._thread.join()
+        signal.set_wakeup_fd(self._wakeup_fd)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._wake.close()
+        self._signals.close()
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say what this rank is about to do."""
+        self._step, self._phase = step, phase
+        self._beat()
+
+    def _beat(self) -> None:
+        with self._lock:
+            self._count += 1
+            self.board.write(
+                self.local_rank, Pulse(self.rank, os.getpid(), self._left, self._count, self._step, self._phase)
+            )
+
+    # --------------------------------------------------------------------------------- what went wrong
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Why this rank stops: another rank's failure if that came first, else ``error``, which is then the first.
+
+        An exchange that broke is nobody's own failure: whose it is shows within moments, here or elsewhere.
+        """
+        self._closing = True
+        patience = _CULPRIT_S if _may_be_anothers(error) else 0.0
+        deadline = time.monotonic() + patience
+        failure = self.board.failure()
+        while failure is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S / 2)
+            failure = self.board.failure() or self._elsewhere()
+        if failure is None:
+            message, exit_code = str(error), getattr(error, "exit_code", 1)
+            if isinstance(error, KeyboardInterrupt):
+                message, exit_code = "interrupted", 130
+            elif not isinstance(error, FtlabError):
+                trace = "".join(traceback.format_exception(error)).rstrip()
+                message = f"rank {self.rank} failed in step {self._step}, phase {self._phase}:\n{trace}"
+            self._claim(self._failure(type(error).__name__, message, exit_code))
+            failure = self.board.failure()
+        if failure is None or failure.kind == type(error).__name__:
+            return error
+        return RankError(failure)
+
+    def speaks(self) -> bool:
+        """Whether this rank is the one to talk on this machine's terminal: the first of those alive."""
+        pulses = [self.board.read(i) for i in range(self.local_rank)]
+        return not any(pulse is not None and _is_alive(pulse.pid) for pulse in pulses)
+
+    def _failure(self, kind: str, message: str, exit_code: int, of: Pulse | None = None) -> Failure:
+        rank, step, phase = (of.rank, of.step, of.phase) if of else (self.rank, self._step, self._phase)
+        return Failure(rank=rank, step=step, phase=phase, kind=kind, message=message, exit_code=exit_code)
+
+    def _claim(self, failure: Failure) -> None:
+        with self._lock:  # the file's own lock holds off other processes, not this one's other thread
+            first = self.board.claim(failure)
+        if first:
+            self._publish(failure)
+
+    def _interrupt(self, *_: object) -> None:
+        if not self._closing:  # a second one would tear what the first one closes
+            raise KeyboardInterrupt
+
+    # -------------------------------------------------------------------------------------- the thread
+
+    def _watch(self) -> None:
+        stop_by, signalled_at, received = math.inf, math.inf, signal.SIGTERM
+        before = time.monotonic()
+        while not self._left:
+            select.select([self._signals], [], [], _POLL_S)
+            now = time.monotonic()
+            self._beat()
+            if os.getppid() != self._parent:
+                os._exit(1)  # whoever started this rank is gone, and with it everyone who waits for a result
+            with suppress(BlockingIOError):
+                received, signalled_at = signal.Signals(self._signals.recv(64)[0]), min(now, signalled_at)
+            # Time in which this rank was stopped itself (Ctrl-Z, fg) is nobody's silence.
+            self._look_around(min(now - before, 5 * _POLL_S))
+            before = now
+            if self._count % 5 == 0 and (told := self._elsewhere()) is not None:
+                self.board.claim(told)
+            failure = self.board.failure()
+            if failure is not None and stop_by == math.inf:
+                stop_by = now + (_CLOSE_LOST_S if failure.kind == _LOST else _CLOSE_S)
+                _thread.interrupt_main()  # it may be in a loop that waits for the lost one
+            elif failure is None and now > signalled_at + _CULPRIT_S / 2:  # no failure made anyone send the signal
+                self._stop_on(received)
+            if failure is not None and now > stop_by:
+                self._on_stuck(RankError(failure))
+                os._exit(failure.exit_code)
+
+    def _look_around(self, passed_s: float) -> None:
+        """Report a rank of this machine that died or fell silent; of several witnesses, the first rank does."""
+        for i in range(self.board.n_ranks):
+            pulse = self.board.read(i)
+            if i == self.local_rank or pulse is None or pulse.left:
+                continue
+            last, still_s = self._still.get(i, (0, 0.0))
+            self._still[i] = (pulse.pulse, still_s + passed_s if pulse.pulse == last else 0.0)
+            if not _is_alive(pulse.pid):
+                end = "died without a word: it was killed, or it crashed in native code"
+            elif self._still[i][1] > self.timeout_s:
+                end = f"showed no sign of life for {self.timeout_s:g} s and was ended"
+                with suppress(ProcessLookupError):
+                    os.kill(pulse.pid, signal.SIGKILL)  # a stopped process would not act on anything less
+            else:
+                continue
+            if self.board.failure() is None and self.speaks():
+                where = f"step {pulse.step}, phase {pulse.phase}"
+                self._claim(self._failure(_LOST, f"rank {pulse.rank}, last in {where}, {end}", 1, of=pulse))
+
+    def _stop_on(self, received: signal.Signals) -> None:
+        missing = [i for i in range(self.board.n_ranks) if self.board.read(i) is None]
+        if received == signal.SIGINT:
+            failure = self._failure("KeyboardInterrupt", "interrupted", 130)
+        elif missing:  # it is why this rank is told to go
+            ranks = ", ".join(str(self.rank - self.local_rank + i) for i in missing)
+            failure = self._failure(_LOST, f"rank {ranks} ended before it had begun", 1)
+        else:
+            failure = self._failure(received.name, f"stopped by {received.name}", 128 + received)
+        self._claim(failure)
+
+
+def _may_be_anothers(error: BaseException) -> bool:
+    """Whether this looks like a broken exchange; torch raises RuntimeError for those, and for much else."""
+    return isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError | NotImplementedError)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

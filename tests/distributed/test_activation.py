@@ -1,0 +1,84 @@
+"""What activation checkpointing keeps and what it computes twice; that results stay the same bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ftlab.distributed.single import OneRank
+from ftlab.losses import CrossEntropy
+from ftlab.run import build_model
+from tests.loop.conftest import CPU, MODEL, precision_of
+
+LOSS = CrossEntropy(label_smoothing=0.0, z_loss=0.0)
+TOKENS = torch.arange(40).view(2, 20)
+
+
+class CountOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name().removeprefix("aten::").split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def model_with(mode: str) -> Any:
+    return build_model(MODEL, None, precision_of("fp32"), OneRank(CPU, activation_checkpointing=mode), seed=0)
+
+
+def ops_of_backward(mode: str) -> Counter[str]:
+    loss = model_with(mode)(TOKENS, TOKENS, LOSS)
+    with CountOps() as ops:
+        loss.backward()
+    return ops.counts
+
+
+# A block has 7 matrix products: q, k, v, o, gate, up, down. The output of the last is needed by nobody in backward.
+@pytest.mark.parametrize(("mode", "matmuls", "attentions"), [("full", 6, 1), ("selective", 3, 0)])
+def test_what_a_block_computes_again(mode: str, matmuls: int, attentions: int) -> None:
+    kept, counts = ops_of_backward("none"), ops_of_backward(mode)
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert kept[attention] == 0
+    assert counts[attention] == attentions * MODEL.n_layers
+    assert counts["mm"] - kept["mm"] == matmuls * MODEL.n_layers
+
+
+def test_full_checkpointing_keeps_less_until_backward() -> None:
+    kept = {}
+    for mode in ("none", "full"):
+        model = model_with(mode)
+        parameters = {p.data_ptr() for p in model.parameters()}
+        storages = {}
+
+        def keep(tensor: torch.Tensor, parameters: Any = parameters, storages: Any = storages) -> torch.Tensor:
+            if tensor.data_ptr() not in parameters:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(TOKENS, TOKENS, LOSS)
+        kept[mode] = sum(storages.values())
+        del loss
+    assert kept["full"] < 0.5 * kept["none"], kept
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_gradients_are_the_same_bits_and_names_the_same(mode: str) -> None:
+    plain, checkpointed = model_with("none"), model_with(mode)
+    for model in (plain, checkpointed):
+        model(TOKENS, TOKENS, LOSS).backward()
+    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in checkpointed.named_parameters()]
+    for ours, theirs in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_nothing_is_recomputed_where_there_is_no_backward() -> None:
+    model = model_with("selective")
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), model_with("none")(TOKENS))
