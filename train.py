@@ -31,7 +31,7 @@ def main() -> int:
     with hydra_errors():
         elsewhere = check_command_line(sys.argv[1:], leads=_leads)
         if elsewhere is not None:
-            from ftlab.run import launch
+            from ftlab.jobs import launch
 
             return launch(elsewhere, own_process=False)
         hydra.main(version_base=VERSION_BASE, config_path="conf", config_name=PRIMARY)(job)()
@@ -51,7 +51,7 @@ def run_job(cfg: DictConfig) -> int:
 
     from ftlab import outputs
     from ftlab.config.check import check_job
-    from ftlab.run import launch
+    from ftlab.jobs import launch
 
     runtime = HydraConfig.get()
     sweeps = runtime.mode == RunMode.MULTIRUN
@@ -82,11 +82,13 @@ def start() -> int:
     group = group_of_this_process()
     if group is None or group.world_size == 1:
         return exit_code_of(main)
-    from ftlab.run import dismiss, follow
-
     if group.rank > 0:
+        from ftlab.jobs import follow
+
         return exit_code_of(follow)
     exit_code = exit_code_of(main)
+    from ftlab.jobs import dismiss
+
     dismiss(exit_code)
     return exit_code
 

@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import secrets
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +21,15 @@ from ftlab.config.layers import leaves
 from ftlab.data.loader import BatchLoader, SampleSource
 from ftlab.data.sft import InstructDataset
 from ftlab.data.tokenizers import Tokenizer
-from ftlab.distributed.base import Parallelism, Strategy, Workers
-from ftlab.distributed.env import WorkerEnv, describe_device, keep_freed_memory, peak_flops, share_cores
+from ftlab.distributed.base import Parallelism, Strategy
+from ftlab.distributed.env import WorkerEnv, describe_device, keep_freed_memory, peak_flops
 from ftlab.distributed.heartbeat import RankError
 from ftlab.distributed.launch import (
-    Jobs,
     Team,
     attempt,
-    first_failure,
-    job_store,
-    last_word,
-    leave,
-    meet,
     meet_team,
-    n_local_workers,
-    start_workers,
 )
 from ftlab.distributed.precision import Precision
-from ftlab.distributed.started import group_of_this_process, leads
 from ftlab.errors import ConfigError, ConfigErrors, DataError, FtlabError
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
@@ -61,153 +47,10 @@ Config = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
-# ---------------------------------------------------------------------------------------------- processes
-
-
-def launch(config: Config, *, own_process: bool) -> int:
-    """Train ``config``: here, in workers started for it, or together with the group that this process belongs to.
-
-    Args:
-        own_process: never in this very process, so that the jobs of a sweep share no state.
-
-    Returns:
-        The exit code: 0 completed, 1 a bug or the machine, 2 bad input, 3 non-finite numbers, 130 interrupted,
-        143 terminated.
-    """
-    settings = build(config["parallelism"])
-    group = group_of_this_process()
-    if group is not None and group.world_size > 1 and not isinstance(settings, Workers):
-        problem = f"this one is for a single process, but {group.world_size} were started together"
-        raise ConfigError("parallelism", problem, "parallelism=fsdp")
-    if not isinstance(settings, Workers):
-        config = with_seed(config)
-        return _in_own_process(_train_alone, config) if own_process else _train_alone(config)
-    if group is not None:
-        job: Config = {"config": with_seed(config), "own_process": own_process}
-        exit_code = _join(**job, number=_jobs().hand_out(job))
-        if exit_code and not own_process:
-            leave(exit_code)  # so do the others, without waiting for another word
-        return exit_code
-    n_local = n_local_workers(settings, config["device"])
-    if settings.nnodes > 1 and own_process:
-        problem = f"is {settings.nnodes}, but a sweep starts workers on this machine only"
-        raise ConfigError("parallelism.nnodes", problem, "torchrun --nnodes ... train.py -m ...")
-    if n_local * settings.nnodes == 1 and not settings.max_restarts:
-        config = with_seed(config)
-        return _in_own_process(_train_alone, config) if own_process else _train_alone(config)
-    return _start(config, settings, n_local)
-
-
-def with_seed(config: Config) -> Config:
-    """``config`` with its seed drawn if it has none: once, before any worker starts, and recorded like a given one."""
-    return config | {"seed": secrets.randbelow(2**31)} if config["seed"] is None else config
-
-
-def _train_alone(config: Config) -> int:
-    return train(config, WorkerEnv.alone(config["device"]))
-
-
-def _in_own_process(work: Callable[..., int], config: Config, *args: Any) -> int:
-    # spawn, not fork: threads of this process (BLAS, W&B) do not survive a fork.
-    process = multiprocessing.get_context("spawn").Process(target=_and_leave, args=(work, config, *args))
-    process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.join()  # Ctrl-C reached the child as well: let it close its folder
-        raise
-    assert process.exitcode is not None
-    if process.exitcode < 0:  # killed: it could not say so itself
-        error = FtlabError(f"the job's process was killed by signal {-process.exitcode}")
-        print(error, file=sys.stderr)
-        if (folder := RunFolder.of_a_lost_process(config["paths"]["output_dir"])) is not None:
-            folder.finish("failed", error=error)
-        return 128 - process.exitcode
-    return process.exitcode
-
-
-def _and_leave(work: Callable[..., int], *args: Any) -> None:
-    if exit_code := work(*args):
-        leave(exit_code)
-
-
-# ---- workers that others started: torchrun, Slurm
-
-
-@cache
-def _jobs() -> Jobs:
-    group = group_of_this_process()
-    assert group is not None
-    return Jobs(group)
-
-
-def follow() -> int:
-    """Run what rank 0 of this process's group composes, job after job, until it says so; returns the exit code."""
-    while True:
-        job, number = _jobs().take()
-        if "exit_code" in job:
-            _jobs().go()
-            return job["exit_code"]
-        exit_code = _join(**job, number=number)
-        if exit_code and not job["own_process"]:
-            leave(exit_code)
-
-
-def dismiss(exit_code: int) -> None:
-    """Send the ranks that ``follow`` home, with their exit code."""
-    _jobs().end(exit_code)
-
-
-def _join(config: Config, own_process: bool, number: int) -> int:
-    return _in_own_process(_train_joined, config, number) if own_process else _train_joined(config, number)
-
-
-def _train_joined(config: Config, number: int) -> int:
-    group = group_of_this_process()
-    assert group is not None
-    worker = replace(WorkerEnv.here(config["device"]), store=job_store(group, number))
-    share_cores(worker.local_world_size)
-    return _train_in_team(config, worker, None)
-
-
-# ---- workers of our own
-
-
-def _start(config: Config, settings: Workers, n_local: int) -> int:
-    leading = leads(settings.nnodes, settings.rdzv_endpoint)
-    if leading:
-        config = with_seed(config)
-    scratch = Path(tempfile.mkdtemp(prefix="ftlab-"))
-    try:
-        failed = start_workers(settings, n_local, scratch, _work, config, scratch, leading)
-        if not failed:
-            return 0
-        failure = first_failure(scratch, settings, n_local, failed)
-        if leading and (folder := RunFolder.of_a_lost_process(config["paths"]["output_dir"])) is not None:
-            print(failure.message, file=sys.stderr)  # no worker lived to tell
-            folder.finish("preempted" if failure.interrupted else "failed", error=RankError(failure))
-        return failure.exit_code
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _work(config: Config, scratch: Path, leading: bool) -> None:
-    group = group_of_this_process()
-    assert group is not None
-    if attempt() and (exit_code := last_word(scratch, group.local_world_size)) is not None:
-        leave(exit_code)
-    worker = meet(WorkerEnv.here(config["device"]), group, leads=leading)
-    if exit_code := _train_in_team(config, worker, scratch):
-        leave(exit_code)
-
-
-# ------------------------------------------------------------------------------------------------ one run
-
-
-def _train_in_team(config: Config, worker: WorkerEnv, scratch: Path | None) -> int:
+def train_in_team(config: Config, worker: WorkerEnv, scratch: Path | None) -> int:
     def give_up(error: RankError) -> None:
         if _stands_in(worker, team) and (folder := _folder_of_rank_0(config)) is not None:
-            _say(error, aloud=True)
+            _say(error, aloud=team.watch.takes_the_word())
             folder.finish(_verdict(error)[0], error=error)
 
     with meet_team(worker, scratch, build(config["parallelism"]).timeout_s, give_up) as team:
@@ -237,8 +80,8 @@ def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         cause = team.watch.explain(error) if team else error
         status, exit_code = _verdict(cause)
-        _say(cause, aloud=team is None or team.watch.speaks())
-        recorder.finish(status, cause)
+        _say(cause, aloud=team is None or team.watch.takes_the_word())
+        recorder.finish(status, cause, hurry=isinstance(cause, RankError))
         if team is not None and _stands_in(worker, team) and (lost := _folder_of_rank_0(config)) is not None:
             lost.finish(status, error=cause)
         return exit_code
@@ -285,7 +128,7 @@ def _say(error: BaseException, *, aloud: bool) -> None:
 
 def _stands_in(worker: WorkerEnv, team: Team) -> bool:
     """Whether this rank keeps the folder now: the first one left of rank 0's machine."""
-    return worker.rank == worker.local_rank and team.watch.speaks()
+    return worker.rank == worker.local_rank and team.watch.is_first()
 
 
 def _folder_of_rank_0(config: Config) -> RunFolder | None:

@@ -16,6 +16,7 @@ FLOORS = [
     {"config", "data", "distributed", "losses", "loggers", "models", "optim"},
     {"training"},
     {"run"},
+    {"jobs"},
     {"lab"},
     {"cli", "train.py"},
     {"__main__"},

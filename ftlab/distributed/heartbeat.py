@@ -20,8 +20,8 @@ import struct
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -83,18 +83,19 @@ class RankError(FtlabError):
 
 
 class Board:
-    """The file in memory: one record per local rank, and one place for the first failure."""
+    """The file in memory: one record per local rank, a place for the first failure, and whether it was told."""
 
     def __init__(self, path: Path, n_ranks: int):
         self.n_ranks = n_ranks
         self._file = path.open("r+b")
-        self._memory = mmap.mmap(self._file.fileno(), n_ranks * _SLOT + _FAILURE)
+        self._memory = mmap.mmap(self._file.fileno(), n_ranks * _SLOT + _FAILURE + 1)
+        self._threads = threading.Lock()
 
     @classmethod
     def create(cls, path: Path, n_ranks: int) -> Board:
         """A new board; the other ranks open it by its path."""
         aside = path.with_suffix(".tmp")
-        aside.write_bytes(bytes(n_ranks * _SLOT + _FAILURE))
+        aside.write_bytes(bytes(n_ranks * _SLOT + _FAILURE + 1))
         os.replace(aside, path)
         return cls(path, n_ranks)
 
@@ -111,22 +112,35 @@ class Board:
 
     def claim(self, failure: Failure) -> bool:
         """Put ``failure`` down as the first; False when there is one already."""
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
-        try:
+        text = json.dumps(asdict(failure)).encode()
+        if len(text) > _FAILURE:
+            text = json.dumps(asdict(failure) | {"message": failure.message[-_FAILURE // 8 :]}).encode()
+        with self._locked():
             if self.failure() is not None:
                 return False
-            text = json.dumps(asdict(failure)).encode()
-            if len(text) >= _FAILURE:
-                text = json.dumps(asdict(failure) | {"message": failure.message[-_FAILURE // 8 :]}).encode()
             start = self.n_ranks * _SLOT
             self._memory[start : start + len(text)] = text
             return True
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def take_the_word(self) -> bool:
+        """Whether nobody has told the user of the failure yet, which falls to the caller then."""
+        with self._locked():
+            told, self._memory[-1:] = self._memory[-1:], b"t"
+            return told != b"t"
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        # The file's lock holds off other processes, the other one this process's other thread.
+        with self._threads:
+            fcntl.lockf(self._file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def failure(self) -> Failure | None:
         """The first failure; None as long as there is none."""
-        text = self._memory[self.n_ranks * _SLOT :].rstrip(b"\0")
+        text = self._memory[self.n_ranks * _SLOT : -1].rstrip(b"\0")
         try:
             return Failure(**json.loads(text)) if text else None
         except ValueError:  # half written: there will be one in a moment
@@ -229,19 +243,25 @@ class Watch:
             return error
         return RankError(failure)
 
-    def speaks(self) -> bool:
-        """Whether this rank is the one to talk on this machine's terminal: the first of those alive."""
-        pulses = [self.board.read(i) for i in range(self.local_rank)]
+    def is_orphan(self) -> bool:
+        """Whether the process that started this one is gone."""
+        return os.getppid() != self._parent
+
+    def is_first(self, without: int | None = None) -> bool:
+        """Whether this rank is the first of this machine's that are alive, ``without`` one that is lost."""
+        pulses = [self.board.read(i) for i in range(self.local_rank) if i != without]
         return not any(pulse is not None and _is_alive(pulse.pid) for pulse in pulses)
+
+    def takes_the_word(self) -> bool:
+        """Whether it falls to this rank to tell the user, on this machine's terminal; true once."""
+        return self.is_first() and self.board.take_the_word()
 
     def _failure(self, kind: str, message: str, exit_code: int, of: Pulse | None = None) -> Failure:
         rank, step, phase = (of.rank, of.step, of.phase) if of else (self.rank, self._step, self._phase)
         return Failure(rank=rank, step=step, phase=phase, kind=kind, message=message, exit_code=exit_code)
 
     def _claim(self, failure: Failure) -> None:
-        with self._lock:  # the file's own lock holds off other processes, not this one's other thread
-            first = self.board.claim(failure)
-        if first:
+        if self.board.claim(failure):
             self._publish(failure)
 
     def _interrupt(self, *_: object) -> None:
@@ -257,8 +277,8 @@ class Watch:
             select.select([self._signals], [], [], _POLL_S)
             now = time.monotonic()
             self._beat()
-            if os.getppid() != self._parent:
-                os._exit(1)  # whoever started this rank is gone, and with it everyone who waits for a result
+            if self.is_orphan() and self.board.failure() is None:
+                self._claim(self._failure(_LOST, "the process that started the ranks is gone", 1))
             with suppress(BlockingIOError):
                 received, signalled_at = signal.Signals(self._signals.recv(64)[0]), min(now, signalled_at)
             # Time in which this rank was stopped itself (Ctrl-Z, fg) is nobody's silence.
@@ -288,13 +308,13 @@ class Watch:
                 end = "died without a word: it was killed, or it crashed in native code"
             elif self._still[i][1] > self.timeout_s:
                 end = f"showed no sign of life for {self.timeout_s:g} s and was ended"
-                with suppress(ProcessLookupError):
-                    os.kill(pulse.pid, signal.SIGKILL)  # a stopped process would not act on anything less
             else:
                 continue
-            if self.board.failure() is None and self.speaks():
+            if self.board.failure() is None and self.is_first(without=i):
                 where = f"step {pulse.step}, phase {pulse.phase}"
                 self._claim(self._failure(_LOST, f"rank {pulse.rank}, last in {where}, {end}", 1, of=pulse))
+                with suppress(ProcessLookupError):
+                    os.kill(pulse.pid, signal.SIGKILL)  # a stopped process would not act on anything less
 
     def _stop_on(self, received: signal.Signals) -> None:
         missing = [i for i in range(self.board.n_ranks) if self.board.read(i) is None]

@@ -70,8 +70,10 @@ def start_workers(
     """
     share_cores(n_local)
     # What went wrong is said by the worker it went wrong in; torch's account of it is pages long.
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name in logging.root.manager.loggerDict:
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         elastic_launch(_launch_config(settings, n_local, scratch), work)(*args)
@@ -322,7 +324,7 @@ def meet_team(
 
     def clean() -> None:
         # After a failure whoever is left does it: what is mapped into memory stays there.
-        if ours and (worker.local_rank == 0 or board.failure() is not None):
+        if watch.is_orphan() or (ours and (worker.local_rank == 0 or board.failure() is not None)):
             shutil.rmtree(scratch, ignore_errors=True)
 
     def give_up(error: RankError) -> None:

@@ -176,7 +176,7 @@ def _work(trials: Mapping[str, Config], n_steps: int, folder: Path) -> None:
                 measured = _measure(run, n_steps)
             except Exception as error:
                 cause = team.watch.explain(error)
-                if team.watch.speaks():
+                if team.watch.takes_the_word():
                     print(f"{name}: {cause}", flush=True)
                 leave(1)
             if reference is None:

@@ -49,14 +49,15 @@ class Recorder:
         for logger in self._loggers:
             logger.log_samples(samples, step)
 
-    def finish(self, status: Status, error: BaseException | None, **fields: Any) -> None:
+    def finish(self, status: Status, error: BaseException | None, *, hurry: bool = False, **fields: Any) -> None:
         """Close ``run.json``, draw the plots and close the loggers; called once, whatever happened before.
 
-        In this order, because a rank that lost another may have no time for all of it.
+        In this order, because a rank that lost another may not have the time for all of it; in a ``hurry`` there
+        are no plots.
         """
         self.folder.finish(status, error=error, metrics=self.latest, **fields)
         if self._started and self._loggers:
-            self.artifacts += draw_plots(self.folder.path)
+            self.artifacts += [] if hurry else draw_plots(self.folder.path)
             for logger in self._loggers:
                 logger.finish(status, self.latest, self.artifacts)
 

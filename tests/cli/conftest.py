@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ftlab.config.check import compose_config
-from ftlab.run import launch
+from ftlab.jobs import launch
 
 SMALL = ("model.dim=32", "model.n_layers=1", "model.ffn_hidden_dim=64", "dataset.max_samples=40")
 QUIET = ("logger=[console,jsonl]",)

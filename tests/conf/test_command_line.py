@@ -69,7 +69,7 @@ class Script:
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
     found = Script(monkeypatch)
-    monkeypatch.setattr("ftlab.run.launch", found.launch)
+    monkeypatch.setattr("ftlab.jobs.launch", found.launch)
     monkeypatch.setattr(resolvers, "_fresh", {})
     monkeypatch.chdir(tmp_path)
     return found
