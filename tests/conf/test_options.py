@@ -103,9 +103,11 @@ def attributes_read() -> frozenset[str]:
 
 @cache
 def subscripts_read() -> frozenset[str]:
-    """Every ``x`` in ``config["x"]`` that ftlab/run.py reads."""
-    tree = ast.parse((PACKAGE / "run.py").read_text(encoding="utf-8"))
-    found = (n for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Load))
+    """Every ``x`` in ``config["x"]`` that ftlab/run.py and ftlab/jobs.py read."""
+    trees = [ast.parse((PACKAGE / name).read_text(encoding="utf-8")) for name in ("run.py", "jobs.py")]
+    found = (
+        n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Load)
+    )
     return frozenset(str(n.slice.value) for n in found if isinstance(n.slice, ast.Constant))
 
 
