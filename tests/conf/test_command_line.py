@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +69,14 @@ class Script:
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     found = Script(monkeypatch)
+    handlers = list(logging.root.handlers)
     monkeypatch.setattr("ftlab.jobs.launch", found.launch)
     monkeypatch.setattr(resolvers, "_fresh", {})
     monkeypatch.chdir(tmp_path)
-    return found
+    yield found
+    logging.root.handlers[:] = handlers  # Hydra's write to this test's stderr, which is closed after it
 
 
 def test_a_run_gets_plain_values_and_a_folder_of_its_own(script: Script, tmp_path: Path) -> None:
