@@ -375,4 +375,5 @@ def setup_logging(folder: Path, rank: int) -> None:
         for handler in _handlers:
             logger.addHandler(handler)
     logging.getLogger("ftlab").setLevel(logging.INFO)
+    logging.captureWarnings(False)  # else, where somebody put Python's own display back, True would do nothing
     logging.captureWarnings(True)
