@@ -54,7 +54,13 @@ def train_in_team(config: Config, worker: WorkerEnv, scratch: Path | None) -> in
             folder.finish(_verdict(error)[0], error=error)
 
     with meet_team(worker, scratch, build(config["parallelism"]).timeout_s, give_up) as team:
-        return train(config, worker, team)
+        try:
+            team.wait_for_neighbours()
+            return train(config, worker, team)
+        except (Exception, KeyboardInterrupt) as error:  # before there was a folder to say it in
+            cause = team.watch.explain(error)
+            _say(cause, aloud=team.watch.takes_the_word())
+            return _verdict(cause)[1]
 
 
 def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:

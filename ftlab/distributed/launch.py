@@ -261,6 +261,12 @@ class Team:
     scratch: Path
     watch: Watch
 
+    def wait_for_neighbours(self) -> None:
+        """Return once all ranks of this machine watch each other: from then on none can be lost unnoticed."""
+        board = self.watch.board
+        while any(board.read(i) is None for i in range(board.n_ranks)):
+            time.sleep(_POLL_S)
+
     def from_first(self, key: str, text: str | None) -> str:
         """Rank 0's ``text``, on every rank."""
         store = self._store

@@ -32,7 +32,7 @@ def kill_and_check(job: Job, rank: int, n_times: int = 1) -> None:
     others_gone_s = time.monotonic() - killed
     exit_code = job.wait(timeout_s=10)
     assert exit_code == 1
-    assert others_gone_s < 2.5
+    assert others_gone_s < 5  # 0.1 to 0.8 s on an idle machine
     assert job.left_behind(grace_s=killed + 5 - time.monotonic()) == []
     facts = FACTS.findall(job.stderr)
     assert len(facts) == n_times, job.stderr
