@@ -17,7 +17,7 @@ from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
-from ftlab.run import build_model
+from ftlab.run import build_model, weights_in
 from ftlab.training.generate import generate
 
 
@@ -39,7 +39,7 @@ def ask(folder: Path, instruction: str, *, input: str, on_text: Callable[[str], 
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(config["device"]))
     model_config = replace(build(config["model"]), vocab_size=tokenizer.vocab_size, checkpoint=str(export))
-    model = build_model(model_config, export, precision, parallel, seed=0)
+    model = build_model(model_config, weights_in(export), precision, parallel)
     text = TextStream(tokenizer, on_text)
     prompt = tokenizer.encode(template.render(instruction, input), bos=True, eos=False)
     with torch.no_grad(), precision.autocast(parallel.device):

@@ -213,13 +213,16 @@ def export_weights(
 
 def _write_tensors(path: Path | None, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Write one file; with no ``path``, send this rank's rows to the rank that writes."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    with nullcontext() if path is None else SafetensorsWriter(path, shapes, dtype) as file:
+    with nullcontext() if path is None else path.open("wb") as file:
+        shapes = {name: (tuple(parameter.shape), dtype) for name, parameter in parameters.items()}
+        writer = None if file is None else SafetensorsWriter(file, shapes)
         for parameter in parameters.values():
             for piece in all_rows(parameter):  # there are some on rank 0 only
-                assert file is not None
-                file.write(piece)
+                assert writer is not None
+                writer.write(piece.to(dtype))
             barrier()  # else a rank with little to send would wait for the disk in its next collective, and time out
+        if writer is not None:
+            writer.finish()
 
 
 def _plan_files(parameters: Mapping[str, Tensor], itemsize: int, max_bytes: int) -> dict[str, list[str]]:

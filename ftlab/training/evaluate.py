@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ from ftlab.data.sft import SFTDataset
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
+from ftlab.errors import ConfigError
 from ftlab.losses import Loss
 from ftlab.models.transformer import Transformer
 from ftlab.training.generate import generate
@@ -29,11 +30,24 @@ class EvaluationConfig:
     """When and how much to evaluate; ``conf/evaluation/default.yaml`` explains each key."""
 
     at_start: bool
+    metric: str
+    patience: int | None
     every_steps: int | None
     batch_size: int
     max_batches: int | None
     n_samples: int
     max_new_tokens: int
+
+    def deciding(self, metrics: Mapping[str, float]) -> float:
+        """The value by which checkpoints and patience go.
+
+        Raises:
+            ConfigError: when nothing of that name was measured.
+        """
+        if self.metric not in metrics:
+            measured = ", ".join(metrics)
+            raise ConfigError("evaluation.metric", f"{self.metric!r} is not measured here; there are {measured}")
+        return metrics[self.metric]
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -22,7 +23,18 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    train_s: float = 0.0  # wall-clock seconds in steps, evaluation not counted
+    train_s: float = 0.0  # wall-clock seconds in steps, evaluation and saving not counted
+    evaluated_at: int | None = None  # the step that was validated last
+    best: float | None = None  # of the validation metric that decides, so far
+    best_step: int = 0
+    evaluations_since_best: int = 0
+
+    def note(self, value: float, *, less_is_better: bool) -> None:
+        """Take in the deciding validation metric of this step."""
+        better = self.best is None or (value < self.best if less_is_better else value > self.best)
+        self.evaluations_since_best += 1
+        if better and math.isfinite(value):
+            self.best, self.best_step, self.evaluations_since_best = value, self.step, 0
 
 
 @dataclass(kw_only=True)

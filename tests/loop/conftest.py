@@ -18,7 +18,7 @@ from ftlab.losses import CrossEntropy
 from ftlab.models.transformer import ModelConfig
 from ftlab.optim.groups import decay_groups
 from ftlab.optim.schedules import Constant
-from ftlab.run import build_model
+from ftlab.run import build_model, random_weights
 from ftlab.training.loop import Run, TrainerConfig
 from ftlab.training.state import TrainState
 
@@ -113,7 +113,7 @@ def build_hand_run(
         dp_size=parallel.dp_size,
         pad_id=0,
     )
-    model = build_model(MODEL, None, numbers, parallel, seed)
+    model = build_model(MODEL, random_weights(seed), numbers, parallel)
     update = optimizer(decay_groups(model), lr=lr, weight_decay=0.0, fused=fused)
     total = settings.total_steps(loader.steps_per_epoch)
     schedule = Constant(total_steps=total, warmup_steps=0, warmup_ratio=None)
