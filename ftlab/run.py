@@ -33,8 +33,9 @@ from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError, ConfigErrors, DataError, FtlabError
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
+from ftlab.models.hub import resolve_checkpoint
 from ftlab.models.transformer import ModelConfig, Transformer
-from ftlab.models.weights import load_weights, resolve_checkpoint
+from ftlab.models.weights import load_weights
 from ftlab.optim.groups import decay_groups
 from ftlab.outputs import RunFolder, Status, mask_secrets, setup_logging
 from ftlab.training.checkpoint import CheckpointConfig, export_model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,82 +12,15 @@ import torch
 from torch import Tensor
 
 from ftlab.errors import ConfigError, ConfigErrors
-from ftlab.models.layouts import (
-    HF_CONFIG,
-    INDEX,
-    KEY,
-    SINGLE,
-    Layout,
-    StoredTensor,
-    described_sizes,
-    hf_names,
-    open_folder,
-)
+from ftlab.models.config import ModelConfig
+from ftlab.models.hf_layout import CONFIG, INDEX, SINGLE, hf_config, hf_names
+from ftlab.models.layouts import Layout, described_sizes, open_folder
 from ftlab.models.safetensors_stream import SafetensorsWriter
 from ftlab.models.shards import all_rows, barrier, held_rows, this_rank
-from ftlab.models.transformer import ModelConfig, Transformer
+from ftlab.models.stored import KEY, StoredTensor
+from ftlab.models.transformer import Transformer
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub's tools and transformers use
-HUB_TIMEOUT_S = 10.0
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def resolve_checkpoint(name: str) -> Path:
-    """The folder that ``model.checkpoint`` means: a local one, or a Hub repository's, downloaded if need be.
-
-    Raises:
-        ConfigError: when it is neither, or the Hub is unreachable, refuses (gated) or does not know the id.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ConfigError(KEY, f"{name} is a file, not a folder", fix=f"{KEY}={folder.parent}")
-    if not _HUB_ID.fullmatch(name):
-        raise ConfigError(KEY, f"there is no folder {name}", fix=f"{KEY}=/path/to/folder")
-    return _download(name)
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    fix = f"{KEY}=/path/to/folder"
-    try:
-        # One cheap question first: it fails within seconds where a download would retry file after file.
-        HfApi().model_info(repo_id, timeout=HUB_TIMEOUT_S)
-        return _snapshot(repo_id, local_files_only=False)
-    except GatedRepoError as error:
-        raise ConfigError(
-            KEY,
-            f"{repo_id} is gated: accept its licence at https://huggingface.co/{repo_id} and log in, "
-            "or give the path of a local copy",
-            fix,
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ConfigError(KEY, f"there is no folder {repo_id}, nor such a Hub repository", fix) from error
-    except Exception as unreachable:  # the transport's errors differ from one huggingface_hub to the next
-        try:
-            return _snapshot(repo_id, local_files_only=True)
-        except LocalEntryNotFoundError:
-            reason = next(iter(str(unreachable).splitlines()), "") or type(unreachable).__name__
-            raise ConfigError(
-                KEY, f"{repo_id} is not on this machine, and the Hub cannot be reached ({reason})", fix
-            ) from unreachable
-
-
-def _snapshot(repo_id: str, *, local_files_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(
-            repo_id,
-            allow_patterns=["*.json", "*.safetensors", "*.model"],
-            ignore_patterns=["original/*"],  # Meta's layout of the same weights
-            etag_timeout=HUB_TIMEOUT_S,
-            local_files_only=local_files_only,
-        )
-    )
 
 
 def load_weights(model: Transformer, folder: Path) -> None:
@@ -132,10 +64,10 @@ def _compare_sizes(config: ModelConfig, folder: Path) -> None:
     for key, theirs in sizes.items():
         value = getattr(config, key)
         same = value == theirs or (isinstance(theirs, float) and math.isclose(value, theirs, rel_tol=1e-6))
-        if not same:
-            problems.append(
-                ConfigError(f"model.{key}", f"{value}, but {folder / file} says {theirs}", fix=f"model.{key}={theirs}")
-            )
+        if not same and key != "max_seq_len":  # the only one that a user may choose
+            plain = theirs is None or isinstance(theirs, (int, float))
+            fix = f"model.{key}={'null' if theirs is None else theirs}" if plain else "model=auto"
+            problems.append(ConfigError(f"model.{key}", f"{value}, but {folder / file} says {theirs}", fix))
     if problems:
         raise problems[0] if len(problems) == 1 else ConfigErrors(problems)
 
@@ -161,7 +93,7 @@ def _compare_shapes(parameters: Mapping[str, Tensor], layout: Layout, folder: Pa
             KEY,
             f"{folder} holds another architecture: {problems[0]}; of the model's {len(parameters)} tensors "
             f"{len(misshaped)} differ in shape, {len(missing)} are absent; {len(unexpected)} are left over",
-            fix="the model option that these weights belong to",
+            fix=f"model=auto {KEY}={folder}",
         )
 
 
@@ -189,14 +121,14 @@ def export_weights(
         bos_id, eos_id, pad_id: the tokenizer's, for whoever generates with the folder.
         max_shard_bytes: largest file; a single larger tensor still gets a file of its own.
     """
-    names = hf_names(model.config.n_layers)
+    names = hf_names(model.config)
     parameters = {names[name]: parameter for name, parameter in model.named_parameters()}
     files = _plan_files(parameters, dtype.itemsize, max_shard_bytes)
     writes = this_rank() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         indexed = folder.glob("model-*-of-*.safetensors")
-        for stale in [folder / "config.json", folder / SINGLE, folder / INDEX, *indexed]:
+        for stale in [folder / CONFIG, folder / SINGLE, folder / INDEX, *indexed]:
             stale.unlink(missing_ok=True)
     for file, tensors in files.items():
         _write_tensors(folder / file if writes else None, {name: parameters[name] for name in tensors}, dtype)
@@ -207,7 +139,7 @@ def export_weights(
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
         _write_json(folder / "generation_config.json", token_ids)
-        _write_json(folder / "config.json", _hf_config(model.config, dtype) | token_ids)
+        _write_json(folder / CONFIG, hf_config(model.config, str(dtype).removeprefix("torch.")) | token_ids)
     barrier()  # no rank goes on as if the folder were there before it is
 
 
@@ -236,20 +168,6 @@ def _plan_files(parameters: Mapping[str, Tensor], itemsize: int, max_bytes: int)
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
-
-
-def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
-    sizes = {theirs: getattr(config, ours) for ours, theirs in HF_CONFIG.items()}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **sizes,
-        "max_position_embeddings": config.max_seq_len,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

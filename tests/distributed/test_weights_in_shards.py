@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ftlab.distributed.base import Strategy
 from ftlab.distributed.env import WorkerEnv, keep_freed_memory
-from ftlab.models.layouts import meta_names
+from ftlab.models.meta_layout import meta_names
 from ftlab.models.safetensors_stream import SafetensorsWriter
 from ftlab.models.shards import held_rows
 from ftlab.models.transformer import ModelConfig
@@ -150,6 +150,6 @@ def write_big(worker: WorkerEnv, folder: Path, layout: str) -> None:
         return
     model = BIG.build()
     model.init_weights(seed=0)
-    names = meta_names(BIG.n_layers)
+    names = meta_names(BIG)
     folder.mkdir()
     torch.save({names[name]: p.detach() for name, p in model.named_parameters()}, folder / "consolidated.00.pth")

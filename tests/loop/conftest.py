@@ -34,6 +34,8 @@ MODEL = ModelConfig(
     rope_theta=10000.0,
     max_seq_len=128,
     sliding_window=None,
+    family="llama",
+    rope_scaling=None,
     tie_embeddings=False,
     checkpoint=None,
 )

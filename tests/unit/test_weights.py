@@ -11,16 +11,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ftlab.errors import ConfigError, ConfigErrors
+from ftlab.models.config import ModelConfig
+from ftlab.models.hub import resolve_checkpoint
 from ftlab.models.layouts import open_folder
-from ftlab.models.transformer import ModelConfig, Transformer
-from ftlab.models.weights import export_weights, load_weights, resolve_checkpoint
+from ftlab.models.transformer import Transformer
+from ftlab.models.weights import export_weights, load_weights
 
 
 def small(**changes) -> ModelConfig:
     sizes = {
         "dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": None, "ffn_hidden_dim": 96,
         "vocab_size": 60, "norm_eps": 1e-5, "rope_theta": 10000.0, "max_seq_len": 64,
-        "sliding_window": None,
+        "sliding_window": None, "family": "llama", "rope_scaling": None,
         "tie_embeddings": False, "checkpoint": None,
     }  # fmt: skip
     return ModelConfig(**(sizes | changes))
@@ -222,9 +224,9 @@ def test_meta_params_are_compared_too(tmp_path):
 def test_rope_scaling_that_would_be_ignored_is_refused(tmp_path):
     folder = export(model_of(small()), tmp_path)
     content = json.loads((folder / "config.json").read_text())
-    content["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+    content["rope_scaling"] = {"rope_type": "yarn", "factor": 8.0}
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="rope_type=llama3"):
+    with pytest.raises(ConfigError, match="rope_type=yarn"):
         loaded(folder, small())
 
 
