@@ -33,8 +33,9 @@ from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError, ConfigErrors, DataError, FtlabError
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
-from ftlab.models.hub import resolve_checkpoint
-from ftlab.models.transformer import ModelConfig, Transformer
+from ftlab.models.auto import AnyModel, AnyModelConfig, find_model
+from ftlab.models.hub import commit_of
+from ftlab.models.transformer import Transformer
 from ftlab.models.weights import load_weights
 from ftlab.optim.groups import decay_groups
 from ftlab.outputs import RunFolder, Status, mask_secrets, setup_logging
@@ -209,7 +210,7 @@ class Experiment:
 
     config: Config
     tokenizer: Tokenizer
-    model_config: ModelConfig
+    model_config: AnyModelConfig
     data: InstructDataset
     run: Run
 
@@ -238,8 +239,12 @@ class Experiment:
 
 def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team | None) -> Experiment:
     """Build every part of a run: what can fail cheaply first, then data, then weights."""
-    model_config: ModelConfig = build(config["model"])
-    checkpoint = resolve_checkpoint(model_config.checkpoint) if model_config.checkpoint else None
+    model_config, checkpoint = find_model(build(config["model"]))
+    if config["seq_len"] > model_config.max_seq_len:
+        problem = f"{config['seq_len']} is more than the {model_config.max_seq_len} tokens that the model reads"
+        raise ConfigError("seq_len", problem, f"seq_len={model_config.max_seq_len}")
+    if checkpoint is not None:
+        recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit_of(checkpoint)})
     tokenizer: Tokenizer = build(config["tokenizer"])
     model_config = with_vocabulary(model_config, tokenizer)
     data: InstructDataset = build(
@@ -269,7 +274,7 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
 
 def assemble_run(
     config: Config,
-    model_config: ModelConfig,
+    model_config: AnyModelConfig,
     checkpoint: Path | None,
     rows: SampleSource,
     shuffle: bool,
@@ -319,7 +324,7 @@ def assemble_run(
     )
 
 
-def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+def with_vocabulary(model: AnyModelConfig, tokenizer: Tokenizer) -> AnyModelConfig:
     """``model`` with the tokenizer's vocabulary where its own is open; that of pretrained weights must agree."""
     if model.checkpoint is None or model.vocab_size is None:
         return replace(model, vocab_size=tokenizer.vocab_size)
@@ -333,20 +338,21 @@ def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def build_model(
-    config: ModelConfig, checkpoint: Path | None, precision: Precision, parallel: Parallelism, seed: int
-) -> Transformer:
+    config: AnyModelConfig, checkpoint: Path | None, precision: Precision, parallel: Parallelism, seed: int
+) -> AnyModel:
     """The model on its device with its weights in place: built on meta, so that nothing is ever held twice."""
     with torch.device("meta"):
         model = config.build().to(precision.weights)
     parallel.place(model)
     if checkpoint is None:
+        assert isinstance(model, Transformer)  # others are nothing without a checkpoint
         model.init_weights(seed)
     else:
         load_weights(model, checkpoint)
     return model
 
 
-def flops_counter(model: ModelConfig) -> Callable[[list[int]], float]:
+def flops_counter(model: AnyModelConfig) -> Callable[[list[int]], float]:
     """FLOPs of one forward and backward, as a function of the real lengths of the sequences."""
     assert model.head_dim is not None  # ModelConfig resolved it
     return partial(

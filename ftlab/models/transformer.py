@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlab.errors import ConfigError
+from ftlab.models import hf_layout
 from ftlab.models.attention import Causal, Documents
 from ftlab.models.config import ModelConfig
 from ftlab.models.families import FAMILIES
@@ -122,6 +123,18 @@ class Transformer(nn.Module):
             return F.linear(hidden, head_weight)
         assert targets is not None, "a loss needs targets"
         return loss(hidden.flatten(0, 1), head_weight, targets.flatten())
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """For ``forward``: room for the keys and values of so many positions."""
+        return KVCache(self.config.n_layers, capacity)
+
+    def hf_names(self) -> dict[str, str]:
+        """Our parameter names -> those of a Hugging Face folder."""
+        return hf_layout.hf_names(self.config)
+
+    def hf_config(self, dtype: str) -> dict[str, object]:
+        """The config.json of this model with weights in ``dtype``."""
+        return hf_layout.hf_config(self.config, dtype)
 
     def init_weights(self, seed: int) -> None:
         """Fill every parameter with fresh random values, in place; of sharded ones, the rows of this rank.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ftlab.errors import ConfigError, ConfigErrors
 from ftlab.models.config import ModelConfig
-from ftlab.models.hf_layout import CONFIG, INDEX, SINGLE, hf_config, hf_names
+from ftlab.models.hf import HFTransformer
+from ftlab.models.hf_layout import CONFIG, INDEX, SINGLE
 from ftlab.models.layouts import Layout, described_sizes, open_folder
 from ftlab.models.safetensors_stream import SafetensorsWriter
 from ftlab.models.shards import all_rows, barrier, held_rows, this_rank
@@ -23,7 +24,7 @@ from ftlab.models.transformer import Transformer
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub's tools and transformers use
 
 
-def load_weights(model: Transformer, folder: Path) -> None:
+def load_weights(model: Transformer | HFTransformer, folder: Path) -> None:
     """Copy a folder's weights into the model's parameters, in place and in their dtype.
 
     The folder is compared with the model first (its config.json or params.json, then every tensor's shape),
@@ -39,8 +40,11 @@ def load_weights(model: Transformer, folder: Path) -> None:
         ConfigError: naming the contradiction, the first tensor that does not fit, or the damaged file.
         ConfigErrors: when the folder contradicts several keys at once.
     """
-    _compare_sizes(model.config, folder)
-    layout = open_folder(folder, model.config)
+    if isinstance(model, Transformer):
+        compare_sizes(model.config, folder, but=())
+        layout = open_folder(folder, model.config)
+    else:
+        layout = model.open_folder(folder)
     parameters = dict(model.named_parameters())
     _compare_shapes(parameters, layout, folder)
     ours = {theirs: ours for ours, theirs in layout.names.items()}
@@ -58,13 +62,21 @@ def assign(parameter: Tensor, stored: StoredTensor) -> None:
         local.copy_(stored.read(rows))
 
 
-def _compare_sizes(config: ModelConfig, folder: Path) -> None:
+def compare_sizes(config: ModelConfig, folder: Path, but: Collection[str]) -> None:
+    """Refuse a folder whose config.json or params.json contradicts ``config``, in other keys than ``but``.
+
+    Raises:
+        ConfigError: naming the key and both values.
+        ConfigErrors: when it contradicts several keys.
+    """
     file, sizes = described_sizes(folder)
     problems = []
     for key, theirs in sizes.items():
+        if key in but or key == "max_seq_len":  # what a user may choose
+            continue
         value = getattr(config, key)
         same = value == theirs or (isinstance(theirs, float) and math.isclose(value, theirs, rel_tol=1e-6))
-        if not same and key != "max_seq_len":  # the only one that a user may choose
+        if not same:
             plain = theirs is None or isinstance(theirs, (int, float))
             fix = f"model.{key}={'null' if theirs is None else theirs}" if plain else "model=auto"
             problems.append(ConfigError(f"model.{key}", f"{value}, but {folder / file} says {theirs}", fix))
@@ -98,7 +110,7 @@ def _compare_shapes(parameters: Mapping[str, Tensor], layout: Layout, folder: Pa
 
 
 def export_weights(
-    model: Transformer,
+    model: Transformer | HFTransformer,
     folder: Path,
     *,
     dtype: torch.dtype,
@@ -121,7 +133,7 @@ def export_weights(
         bos_id, eos_id, pad_id: the tokenizer's, for whoever generates with the folder.
         max_shard_bytes: largest file; a single larger tensor still gets a file of its own.
     """
-    names = hf_names(model.config)
+    names = model.hf_names()
     parameters = {names[name]: parameter for name, parameter in model.named_parameters()}
     files = _plan_files(parameters, dtype.itemsize, max_shard_bytes)
     writes = this_rank() == 0
@@ -139,7 +151,7 @@ def export_weights(
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
         _write_json(folder / "generation_config.json", token_ids)
-        _write_json(folder / CONFIG, hf_config(model.config, str(dtype).removeprefix("torch.")) | token_ids)
+        _write_json(folder / CONFIG, model.hf_config(str(dtype).removeprefix("torch.")) | token_ids)
     barrier()  # no rank goes on as if the folder were there before it is
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from ftlab.data.tokenizers import Tokenizer
+from ftlab.models.auto import AnyModel
 from ftlab.models.shards import this_rank
-from ftlab.models.transformer import Transformer
 from ftlab.models.weights import export_weights
 
 
@@ -20,7 +20,7 @@ class CheckpointConfig:
     export: bool
 
 
-def export_model(model: Transformer, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype) -> Path:
+def export_model(model: AnyModel, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype) -> Path:
     """Write model and tokenizer as one Hugging Face folder, complete for transformers and vLLM; returns the folder.
 
     Every rank must call it; rank 0 writes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.losses import CrossEntropy
-from ftlab.models.transformer import ModelConfig
+from ftlab.models.auto import AnyModelConfig
+from ftlab.models.config import ModelConfig
 from ftlab.optim.groups import decay_groups
 from ftlab.optim.schedules import Constant
 from ftlab.run import build_model
@@ -94,9 +96,11 @@ def build_hand_run(
     precision: str = "fp32",
     seed: int = 0,
     shuffle: bool = True,
+    model_config: AnyModelConfig = MODEL,
+    checkpoint: Path | None = None,
     **trainer: int | float | None,
 ) -> HandRun:
-    """A run of ``MODEL`` on ``rows``, here or as one rank of ``parallel``; ``fit(result.run)`` trains it."""
+    """A run of a small model on ``rows``, here or as one rank of ``parallel``; ``fit(result.run)`` trains it."""
     defaults = {"epochs": None, "max_steps": None, "max_steps_per_epoch": None, "max_grad_norm": 1.0}
     settings = TrainerConfig(
         batch_size=batch_size,
@@ -116,7 +120,7 @@ def build_hand_run(
         dp_size=parallel.dp_size,
         pad_id=0,
     )
-    model = build_model(MODEL, None, numbers, parallel, seed)
+    model = build_model(model_config, checkpoint, numbers, parallel, seed)
     update = optimizer(decay_groups(model), lr=lr, weight_decay=0.0, fused=fused)
     total = settings.total_steps(loader.steps_per_epoch)
     schedule = Constant(total_steps=total, warmup_steps=0, warmup_ratio=None)
