@@ -86,7 +86,7 @@ def _merge(name: str, parts: list[Tensor], config: ModelConfig) -> StoredTensor:
         name == META_NAMES["embedding.weight"] and parts[0].shape[1] != config.dim
     )
     whole[1 if by_columns else 0] *= len(parts)
-    if name.endswith((".wq.weight", ".wk.weight")):
+    if is_rotated(name):
         order = _halves_from_pairs(n_rows, config)
 
     def read(rows: slice) -> Tensor:
@@ -130,6 +130,11 @@ def _halves_from_pairs(n_rows: int, config: ModelConfig) -> Tensor | None:
     if n_rows % config.head_dim:
         return None
     return torch.arange(n_rows).view(-1, config.head_dim // 2, 2).transpose(1, 2).flatten()
+
+
+def is_rotated(name: str) -> bool:
+    """Whether rotary embedding turns what the tensor of this name, Meta's, makes."""
+    return name.endswith((".wq.weight", ".wk.weight"))
 
 
 def pairs_from_halves(rows: Tensor, head_dim: int) -> Tensor:

@@ -16,11 +16,13 @@ from ftlab.models.config import ModelConfig
 from ftlab.models.hf import HFTransformer
 from ftlab.models.hf_layout import CONFIG, INDEX, SINGLE
 from ftlab.models.layouts import Layout, described_sizes, open_folder
+from ftlab.models.meta_layout import PARAMS, is_rotated, meta_names, meta_params, pairs_from_halves
 from ftlab.models.safetensors_stream import SafetensorsWriter
 from ftlab.models.shards import all_rows, barrier, held_rows, this_rank
 from ftlab.models.stored import KEY, StoredTensor
 from ftlab.models.transformer import Transformer
 
+PIECE_BYTES = 4 * 2**20  # read together
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub's tools and transformers use
 
 
@@ -29,7 +31,7 @@ def load_weights(model: Transformer | HFTransformer, folder: Path) -> None:
 
     The folder is compared with the model first (its config.json or params.json, then every tensor's shape),
     so nothing is changed when it does not fit. Of a sharded parameter each rank reads its own rows. Peak memory
-    above the parameters: one tensor, or this rank's rows of it.
+    above the parameters: some 4 MiB pieces of one tensor.
 
     Args:
         model: parameters allocated (``to_empty``), not on meta; whole or sharded.
@@ -58,8 +60,11 @@ def assign(parameter: Tensor, stored: StoredTensor) -> None:
     """Fill one parameter from its files, reading only the rows that this rank holds."""
     assert not parameter.is_meta, "copying into a meta tensor does nothing: call to_empty first"
     local, rows = held_rows(parameter)
-    if len(local):
-        local.copy_(stored.read(rows))
+    # In pieces: what is read goes through memory once more, and an embedding can be a tenth of a model.
+    n_rows = max(1, PIECE_BYTES * len(local) // max(local.nbytes, 1))
+    for start in range(rows.start, rows.stop, n_rows):
+        piece = slice(start, min(start + n_rows, rows.stop))
+        local[piece.start - rows.start : piece.stop - rows.start].copy_(stored.read(piece))
 
 
 def compare_sizes(config: ModelConfig, folder: Path, but: Collection[str]) -> None:
@@ -153,6 +158,36 @@ def export_weights(
         _write_json(folder / "generation_config.json", token_ids)
         _write_json(folder / CONFIG, model.hf_config(str(dtype).removeprefix("torch.")) | token_ids)
     barrier()  # no rank goes on as if the folder were there before it is
+
+
+def export_meta_weights(model: Transformer, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write the model in Meta's layout: consolidated.00.pth and params.json.
+
+    Every rank must call it, and rank 0 writes; it holds the whole model in ``dtype`` while it does, as the format
+    wants. A tied head is written out, as Meta's own files have it.
+
+    Raises:
+        ConfigError: for a family that Meta's code does not compute.
+    """
+    config = model.config
+    if config.family != "llama":
+        raise ConfigError("model.family", f"Meta's layout is for Llamas, and this is a {config.family}")
+    assert config.head_dim is not None  # ModelConfig resolved it
+    state = {}
+    for name, theirs in meta_names(config).items():
+        tied = name == "head.weight" and config.tie_embeddings
+        pieces = list(all_rows(model.get_parameter("embedding.weight" if tied else name)))
+        if pieces:  # on rank 0
+            whole = torch.cat(pieces).to(dtype)
+            state[theirs] = pairs_from_halves(whole, config.head_dim) if is_rotated(theirs) else whole
+        barrier()
+    if this_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in [folder / PARAMS, *folder.glob("consolidated.*.pth")]:
+            stale.unlink(missing_ok=True)
+        torch.save(state, folder / "consolidated.00.pth")
+        _write_json(folder / PARAMS, meta_params(config))
+    barrier()
 
 
 def _write_tensors(path: Path | None, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
