@@ -36,8 +36,10 @@ from ftlab.distributed.precision import Precision
 from ftlab.errors import CheckpointError, ConfigError, ConfigErrors, DataError, FtlabError, Interrupted
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
-from ftlab.models.transformer import ModelConfig, Transformer
-from ftlab.models.weights import load_weights, resolve_checkpoint
+from ftlab.models.auto import AnyModel, AnyModelConfig, find_model
+from ftlab.models.hub import commit_of
+from ftlab.models.transformer import Transformer
+from ftlab.models.weights import load_weights
 from ftlab.optim.groups import decay_groups
 from ftlab.outputs import RunFolder, Status, mask_secrets, setup_logging, shortest
 from ftlab.storage.addresses import Address, candidates, find_run
@@ -52,7 +54,7 @@ from ftlab.training.state import TrainState
 from ftlab.training.wishes import ending_on_signals, ignore_signals
 
 Config = dict[str, Any]
-Fill = Callable[[Transformer], None]
+Fill = Callable[[AnyModel], None]
 log = logging.getLogger(__name__)
 
 
@@ -309,10 +311,16 @@ def _train(
             team.watch.stopped(128 + stopped)
     elif keep.export:
         run.clock.enter("save")
-        exported = export_model(
-            run.state.model, experiment.tokenizer, folder.path / "export", dtype=run.precision.weights
+        export_model(
+            run.state.model,
+            experiment.tokenizer,
+            folder.path / "export",
+            dtype=run.precision.weights,
+            precision=run.precision,
+            parallel=run.parallel,
+            about={"run": folder.run_id, "step": progress.step},
         )
-        recorder.artifacts.append(exported)
+        recorder.artifacts.append(folder.path / "export")
     run.parallel.close()
     return stopped
 
@@ -335,7 +343,7 @@ class Experiment:
 
     config: Config
     tokenizer: Tokenizer
-    model_config: ModelConfig
+    model_config: AnyModelConfig
     data: InstructDataset
     run: Run
 
@@ -404,8 +412,12 @@ def assemble(
         opened: a checkpoint to begin with, instead of the model's own weights.
         goes_on: all of it is restored; else its weights, and with ``init_optimizer`` the optimizer's state.
     """
-    model_config: ModelConfig = build(config["model"])
-    pretrained = resolve_checkpoint(model_config.checkpoint) if model_config.checkpoint and not opened else None
+    model_config, pretrained = find_model(build(config["model"]), fetch=opened is None)
+    if config["seq_len"] > model_config.max_seq_len:
+        problem = f"{config['seq_len']} is more than the {model_config.max_seq_len} tokens that the model reads"
+        raise ConfigError("seq_len", problem, f"seq_len={model_config.max_seq_len}")
+    if pretrained is not None:
+        recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit_of(pretrained)})
     tokenizer: Tokenizer = build(config["tokenizer"])
     model_config = with_vocabulary(model_config, tokenizer)
     data: InstructDataset = build(
@@ -432,7 +444,7 @@ def assemble(
     if opened is None:
         fill = random_weights(config["seed"]) if pretrained is None else weights_in(pretrained)
     else:  # what goes on is restored at once, when there is an optimizer too
-        fill = (lambda _: None) if goes_on else _weights_of(opened)
+        fill = (lambda _: None) if goes_on else weights_of(opened)
     accumulate = opened.told["cursor"]["global_batch_size"] if opened is not None and goes_on else None
     run = assemble_run(
         config,
@@ -455,7 +467,7 @@ def assemble(
 
 def assemble_run(
     config: Config,
-    model_config: ModelConfig,
+    model_config: AnyModelConfig,
     fill: Fill,
     rows: SampleSource,
     shuffle: bool,
@@ -513,7 +525,7 @@ def assemble_run(
     )
 
 
-def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+def with_vocabulary(model: AnyModelConfig, tokenizer: Tokenizer) -> AnyModelConfig:
     """``model`` with the tokenizer's vocabulary where its own is open; that of pretrained weights must agree."""
     if model.checkpoint is None or model.vocab_size is None:
         return replace(model, vocab_size=tokenizer.vocab_size)
@@ -542,7 +554,12 @@ def _same_inputs(opened: Opened, data: InstructDataset, tokenizer: Tokenizer) ->
 
 def random_weights(seed: int) -> Fill:
     """Draws them."""
-    return lambda model: model.init_weights(seed)
+
+    def draw(model: AnyModel) -> None:
+        assert isinstance(model, Transformer)  # others are nothing without a checkpoint
+        model.init_weights(seed)
+
+    return draw
 
 
 def weights_in(folder: Path) -> Fill:
@@ -550,11 +567,12 @@ def weights_in(folder: Path) -> Fill:
     return lambda model: load_weights(model, folder)
 
 
-def _weights_of(opened: Opened) -> Fill:
+def weights_of(opened: Opened) -> Fill:
+    """Loads those of a checkpoint of ours."""
     return lambda model: restore_weights(model, opened.stored, opened.path)
 
 
-def build_model(config: ModelConfig, fill: Fill, precision: Precision, parallel: Parallelism) -> Transformer:
+def build_model(config: AnyModelConfig, fill: Fill, precision: Precision, parallel: Parallelism) -> AnyModel:
     """The model on its device with its weights in place: built on meta, so that nothing is ever held twice.
 
     Args:
@@ -567,7 +585,7 @@ def build_model(config: ModelConfig, fill: Fill, precision: Precision, parallel:
     return model
 
 
-def flops_counter(model: ModelConfig) -> Callable[[list[int]], float]:
+def flops_counter(model: AnyModelConfig) -> Callable[[list[int]], float]:
     """FLOPs of one forward and backward, as a function of the real lengths of the sequences."""
     assert model.head_dim is not None  # ModelConfig resolved it
     return partial(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
+from ftlab.models.auto import as_exported
 from ftlab.run import build_model, weights_in
 from ftlab.training.generate import generate
 
@@ -38,8 +38,7 @@ def ask(folder: Path, instruction: str, *, input: str, on_text: Callable[[str], 
     template: Template = build(config["dataset"]["template"])
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(config["device"]))
-    model_config = replace(build(config["model"]), vocab_size=tokenizer.vocab_size, checkpoint=str(export))
-    model = build_model(model_config, weights_in(export), precision, parallel)
+    model = build_model(as_exported(build(config["model"]), export), weights_in(export), precision, parallel)
     text = TextStream(tokenizer, on_text)
     prompt = tokenizer.encode(template.render(instruction, input), bos=True, eos=False)
     with torch.no_grad(), precision.autocast(parallel.device):

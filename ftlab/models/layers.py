@@ -1,13 +1,17 @@
-"""The parts of a Llama-family block: RMSNorm, rotary embedding, grouped-query attention, SwiGLU, key/value cache."""
+"""The parts of a decoder block: RMSNorm, grouped-query attention with its key/value cache, SwiGLU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ftlab.models.rotary import Rotation
+
+# Queries, keys and values, (B, heads, T, head_dim) each, to what is attended to: `Causal` or `Documents`.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -22,66 +26,6 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., dim) -> (..., dim)."""
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class Rotation:
-    """Cosines and sines of a run of positions, (T, head_dim / 2) float32; calling it rotates queries or keys.
-
-    A plain class on purpose: FSDP2 casts every tensor it finds in a block's arguments, in tuples and
-    dataclasses too, to the compute dtype, and in bfloat16 neighbouring positions far into a sequence have the
-    same angle.
-    """
-
-    def __init__(self, cos: Tensor, sin: Tensor):
-        self.cos, self.sin = cos, sin
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rotate x: (B, T, H, head_dim), computed in float32 and returned in x's dtype.
-
-        Pairs are (i, i + head_dim / 2), the convention of Hugging Face's weights; Meta's pairs (2i, 2i + 1)
-        are brought to it when their weights are read (``ftlab/models/layouts.py``).
-        """
-        cos, sin = self.cos[:, None], self.sin[:, None]
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-class RotaryEmbedding(nn.Module):
-    """Table of rotation angles (Su et al. 2021, arXiv:2104.09864) for positions 0 .. max_seq_len - 1.
-
-    The tables are a function of three numbers, so they are never saved, never cast and never left
-    uninitialised: every move of the module (``to_empty`` from meta, ``.to(bfloat16)``, ``.cuda()``)
-    recomputes them in float32 on the CPU, which also makes them the same bits on every device.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, head_dim: int, max_seq_len: int, theta: float):
-        super().__init__()
-        self.head_dim, self.max_seq_len, self.theta = head_dim, max_seq_len, theta
-        self.register_buffer("cos", torch.empty(max_seq_len, head_dim // 2), persistent=False)
-        self.register_buffer("sin", torch.empty(max_seq_len, head_dim // 2), persistent=False)
-        self._fill_tables()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._fill_tables()
-        return self
-
-    def _fill_tables(self) -> None:
-        device = self.cos.device
-        if device.type == "meta":
-            return
-        with torch.device("cpu"):
-            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
-            angles = torch.outer(torch.arange(self.max_seq_len, dtype=torch.float32), 1.0 / self.theta**exponents)
-        self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
-
-    def forward(self, start: int, n_tokens: int) -> Rotation:
-        """The rotation of positions start .. start + n_tokens - 1 (views, no copy)."""
-        end = start + n_tokens
-        return Rotation(self.cos[start:end], self.sin[start:end])
 
 
 class LayerCache:
@@ -121,53 +65,34 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with n_heads queries sharing n_kv_heads keys and values (Ainslie et al. 2023)."""
+    """Causal self-attention with n_heads queries sharing n_kv_heads keys and values (Ainslie et al. 2023).
 
-    def __init__(self, *, dim: int, n_heads: int, n_kv_heads: int, head_dim: int):
+    Args:
+        qkv_bias: queries, keys and values have one (Qwen2, arXiv:2407.10671).
+        qk_norm_eps: of an RMSNorm over every query and key before rotation (Qwen3, arXiv:2505.09388); None: none.
+    """
+
+    def __init__(
+        self, *, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, qkv_bias: bool, qk_norm_eps: float | None
+    ):
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(dim, n_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.q_proj = nn.Linear(dim, n_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(n_heads * head_dim, dim, bias=False)
+        self.q_norm = nn.Identity() if qk_norm_eps is None else RMSNorm(head_dim, eps=qk_norm_eps)
+        self.k_norm = nn.Identity() if qk_norm_eps is None else RMSNorm(head_dim, eps=qk_norm_eps)
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None) -> Tensor:
         """x: (B, T, dim) -> (B, T, dim); with a cache, x holds the T positions after those cached."""
         per_head = (*x.shape[:2], -1, self.head_dim)
-        q = rotation(self.q_proj(x).view(per_head)).transpose(1, 2)
-        k = rotation(self.k_proj(x).view(per_head)).transpose(1, 2)
+        q = rotation(self.q_norm(self.q_proj(x).view(per_head))).transpose(1, 2)
+        k = rotation(self.k_norm(self.k_proj(x).view(per_head))).transpose(1, 2)
         v = self.v_proj(x).view(per_head).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = _causal_attention(q, k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the last T of S positions. q: (B, H, T, D); k, v: (B, n_kv_heads, S, D)."""
-    n_queries, n_keys = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < n_queries < n_keys:  # a chunk after a filled cache: is_causal would align it with the first keys
-        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and not _reads_grouped_heads(q, mask):
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        grouped = False
-    is_causal = n_queries == n_keys and n_queries > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
-
-
-def _reads_grouped_heads(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether a fused SDPA kernel takes fewer key heads than query heads as they are.
-
-    torch 2.11 to 2.13: the CPU kernel does; on CUDA only flash does (16 bit, no mask, sm80 or newer),
-    everything else would fall silently to the kernel that writes out all T x T scores, so there K and V are
-    repeated first.
-    """
-    if q.device.type == "cpu":
-        return True
-    flash = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    return flash and mask is None and q.dtype in (torch.bfloat16, torch.float16)
+        return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):

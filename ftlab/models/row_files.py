@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ftlab.errors import CheckpointError
-from ftlab.models.layouts import StoredTensor
 from ftlab.models.safetensors_stream import DTYPES, SafetensorsWriter
 from ftlab.models.shards import own_rows
+from ftlab.models.stored import StoredTensor
 from ftlab.storage.disk import DurableFile
 
 _ROWS = "rows"  # the header's entry: JSON of name -> [first row, rows of the whole tensor], null for a scalar

@@ -19,7 +19,7 @@ from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError
 from ftlab.losses import Loss
-from ftlab.models.transformer import Transformer
+from ftlab.models.auto import AnyModel
 from ftlab.training.generate import generate
 
 Sample = dict[str, Any]
@@ -72,7 +72,7 @@ class Evaluator:
         every = self.config.every_steps
         return ends_run or (ends_epoch if every is None else step % every == 0)
 
-    def __call__(self, model: Transformer, step: int, precision: Precision, parallel: Parallelism) -> dict[str, float]:
+    def __call__(self, model: AnyModel, step: int, precision: Precision, parallel: Parallelism) -> dict[str, float]:
         """``val/…`` metrics of ``model``; answers are generated once it has trained at all."""
         model.eval()
         with torch.no_grad(), precision.autocast(parallel.device):
@@ -86,7 +86,7 @@ class Evaluator:
         model.train()
         return metrics
 
-    def _mean_loss(self, model: Transformer, parallel: Parallelism) -> float:
+    def _mean_loss(self, model: AnyModel, parallel: Parallelism) -> float:
         """Mean negative log-likelihood per target token, in nats, over all ranks' rows."""
         loader = BatchLoader(
             self.validation,
@@ -109,7 +109,7 @@ class Evaluator:
         nll_sum, n_targets = parallel.sum(total).tolist()
         return nll_sum / n_targets
 
-    def _answer(self, model: Transformer, step: int, parallel: Parallelism) -> list[Sample]:
+    def _answer(self, model: AnyModel, step: int, parallel: Parallelism) -> list[Sample]:
         """Greedy answers: to every validation prompt if answers are verifiable, else to the first ``n_samples``.
 
         Prompts are dealt to the ranks like rows; every rank returns all answers.

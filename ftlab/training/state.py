@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ftlab.errors import NonFiniteError
-from ftlab.models.transformer import Transformer
+from ftlab.models.auto import AnyModel
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Progress:
 class TrainState:
     """Model, optimizer, schedule, loss scaler and progress: what a checkpoint holds."""
 
-    model: Transformer
+    model: AnyModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler

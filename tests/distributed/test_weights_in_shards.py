@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ftlab.distributed.base import Strategy
 from ftlab.distributed.env import WorkerEnv, keep_freed_memory
-from ftlab.models.layouts import meta_names
+from ftlab.models.meta_layout import meta_names
 from ftlab.models.safetensors_stream import SafetensorsWriter
 from ftlab.models.shards import held_rows
 from ftlab.models.transformer import ModelConfig
@@ -132,6 +132,16 @@ def peaks(worker: WorkerEnv, parallelism: Strategy, folder: Path, to: Path) -> d
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's to know")
+@pytest.mark.parametrize("n_shards", [1, 2, 8])
+def test_loading_consolidated_shards_needs_a_tenth_more_than_the_model(n_shards: int, tmp_path: Path) -> None:
+    run_ranks(1, write_big, tmp_path / "weights", "consolidated", n_shards)
+    [result] = run_ranks(1, peaks, strategy("single"), tmp_path / "weights", tmp_path / "export")
+    whole = BIG.n_params() * 4
+    assert result["held"] == whole
+    assert result["loading"] <= 1.1 * whole, f"{result['loading'] / whole:.3f} × model"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's to know")
 @pytest.mark.parametrize("layout", ["safetensors", "consolidated"])
 def test_no_rank_needs_more_than_its_share_a_block_and_50_mib(layout: str, tmp_path: Path) -> None:
     run_ranks(1, write_big, tmp_path / "weights", layout)
@@ -146,12 +156,19 @@ def test_no_rank_needs_more_than_its_share_a_block_and_50_mib(layout: str, tmp_p
             assert used <= whole / 4 + block + 50 * MIB, f"rank {rank}, {phase}: {used / MIB:.0f} MiB"
 
 
-def write_big(worker: WorkerEnv, folder: Path, layout: str) -> None:
+def write_big(worker: WorkerEnv, folder: Path, layout: str, n_shards: int = 1) -> None:
     if layout == "safetensors":
         write_folder(BIG, folder, seed=0)
         return
     model = BIG.build()
     model.init_weights(seed=0)
-    names = meta_names(BIG.n_layers)
+    names = meta_names(BIG)
     folder.mkdir()
-    torch.save({names[name]: p.detach() for name, p in model.named_parameters()}, folder / "consolidated.00.pth")
+    for i in range(n_shards):
+        shard = {}
+        for name, parameter in model.named_parameters():
+            columns = name.startswith("embedding") or name.endswith(("o_proj.weight", "down_proj.weight"))
+            whole = parameter.ndim == 1
+            part = parameter.detach() if whole else parameter.detach().chunk(n_shards, int(columns))[i]
+            shard[names[name]] = part.clone()
+        torch.save(shard, folder / f"consolidated.{i:02d}.pth")
