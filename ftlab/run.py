@@ -44,6 +44,7 @@ from ftlab.optim.groups import decay_groups
 from ftlab.outputs import RunFolder, Status, mask_secrets, setup_logging, shortest
 from ftlab.storage.addresses import Address, candidates, find_run
 from ftlab.storage.checkpoints import Checkpoints, Found, less_is_better, verify
+from ftlab.training import rng
 from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened, open_checkpoint
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.export import export_model
@@ -393,7 +394,11 @@ class Experiment:
             device=describe_device(run.parallel.device)
             + (f" × {run.parallel.dp_size}" if run.parallel.dp_size > 1 else ""),
             precision=f"{run.precision.param_dtype} weights, {run.precision.compute_dtype} arithmetic",
-            next_commands=(f'ftlab generate {shortest(folder.path)} "..."',),
+            next_commands=(
+                f'ftlab generate {shortest(folder.path)} "..."'
+                if config["checkpoint"]["export"]
+                else f"ftlab export {shortest(folder.path)} OUT",
+            ),
         )
 
 
@@ -483,7 +488,7 @@ def assemble_run(
         fill: gives the parameters their values.
         global_batch_size: of a run that goes on, which fixes the order of its rows; null: the configuration's.
     """
-    torch.manual_seed(config["seed"])
+    rng.seed(config["seed"])
     trainer: TrainerConfig = build(config["trainer"])
     precision: Precision = build(config["precision"])
     if worker.device.type == "cpu":

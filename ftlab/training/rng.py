@@ -10,6 +10,13 @@ import numpy as np
 import torch
 
 
+def seed(number: int) -> None:
+    """Seed all of them, on every device; two runs with the same seed then keep the same states."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
 def capture(device: torch.device) -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's global generators, torch's on ``device`` too."""
     version, internal, gauss = random.getstate()
