@@ -35,6 +35,7 @@ from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
 from ftlab.models.auto import AnyModel, AnyModelConfig, find_model
 from ftlab.models.hub import commit_of
+from ftlab.models.resize import compare_specials, fit_vocabulary
 from ftlab.models.transformer import Transformer
 from ftlab.models.weights import load_weights
 from ftlab.optim.groups import decay_groups
@@ -245,8 +246,8 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
         raise ConfigError("seq_len", problem, f"seq_len={model_config.max_seq_len}")
     if checkpoint is not None:
         recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit_of(checkpoint)})
-    tokenizer: Tokenizer = build(config["tokenizer"])
-    model_config = with_vocabulary(model_config, tokenizer)
+    tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], config["model"]["checkpoint"], checkpoint))
+    model_config = with_vocabulary(model_config, checkpoint, tokenizer)
     data: InstructDataset = build(
         config["dataset"],
         tokenizer=tokenizer,
@@ -267,7 +268,16 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
             on_samples=recorder.log_samples,
         )
     run = assemble_run(
-        config, model_config, checkpoint, data.train, data.shuffle, tokenizer.pad_id, evaluator, recorder.log, worker
+        config,
+        model_config,
+        checkpoint,
+        data.train,
+        data.shuffle,
+        tokenizer.pad_id,
+        evaluator,
+        recorder.log,
+        worker,
+        tokenizer.new_ids,
     )
     return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, data=data, run=run)
 
@@ -282,6 +292,7 @@ def assemble_run(
     evaluator: Evaluator | None,
     log: Callable[[Mapping[str, float], int], None],
     worker: WorkerEnv,
+    new_ids: range = range(0),
 ) -> Run:
     """What the loop needs to train ``model_config`` on ``rows`` as ``config`` says; weights are loaded here."""
     torch.manual_seed(config["seed"])
@@ -301,7 +312,7 @@ def assemble_run(
         dp_size=parallel.dp_size,
         pad_id=pad_id,
     )
-    model = build_model(model_config, checkpoint, precision, parallel, config["seed"])
+    model = build_model(model_config, checkpoint, precision, parallel, config["seed"], new_ids)
     optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
     schedule = build(config["scheduler"], total_steps=trainer.total_steps(loader.steps_per_epoch))
     state = TrainState(
@@ -324,21 +335,31 @@ def assemble_run(
     )
 
 
-def with_vocabulary(model: AnyModelConfig, tokenizer: Tokenizer) -> AnyModelConfig:
-    """``model`` with the tokenizer's vocabulary where its own is open; that of pretrained weights must agree."""
-    if model.checkpoint is None or model.vocab_size is None:
-        return replace(model, vocab_size=tokenizer.vocab_size)
-    if model.vocab_size != tokenizer.vocab_size:
-        raise ConfigError(
-            "tokenizer",
-            f"it has {tokenizer.vocab_size} tokens, but the model of {model.checkpoint} has {model.vocab_size}",
-            "the tokenizer the model was trained with: tokenizer.path=/path/to/the/model/folder",
-        )
-    return model
+def beside_checkpoint(tokenizer: Config, named: str | None, folder: Path | None) -> Config:
+    """The tokenizer's node; where its path is the model's, it reads the folder that this was resolved to."""
+    follows = folder is not None and tokenizer.get("path") == named
+    return tokenizer | {"path": str(folder)} if follows else tokenizer
+
+
+def with_vocabulary(model: AnyModelConfig, folder: Path | None, tokenizer: Tokenizer) -> AnyModelConfig:
+    """``model`` with rows for all of the tokenizer's ids; pretrained weights must be of that tokenizer."""
+    fitting = fit_vocabulary(model, folder, tokenizer.vocab_size, tokenizer.new_ids)
+    if folder is not None:
+        for warning in compare_specials(folder, tokenizer.bos_id, tokenizer.eos_id):
+            log.warning("tokenizer: %s", warning)
+        if new_ids := tokenizer.new_ids:
+            new = f"{len(new_ids)} new tokens, ids {new_ids.start} to {new_ids.stop - 1}"
+            log.info("vocabulary: %s: their rows begin as the mean of the others", new)
+    return fitting
 
 
 def build_model(
-    config: AnyModelConfig, checkpoint: Path | None, precision: Precision, parallel: Parallelism, seed: int
+    config: AnyModelConfig,
+    checkpoint: Path | None,
+    precision: Precision,
+    parallel: Parallelism,
+    seed: int,
+    new_ids: range = range(0),
 ) -> AnyModel:
     """The model on its device with its weights in place: built on meta, so that nothing is ever held twice."""
     with torch.device("meta"):
@@ -348,7 +369,7 @@ def build_model(
         assert isinstance(model, Transformer)  # others are nothing without a checkpoint
         model.init_weights(seed)
     else:
-        load_weights(model, checkpoint)
+        load_weights(model, checkpoint, new_ids)
     return model
 
 
