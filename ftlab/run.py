@@ -38,6 +38,7 @@ from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
 from ftlab.models.auto import AnyModel, AnyModelConfig, find_model
 from ftlab.models.hub import commit_of
+from ftlab.models.resize import compare_specials, fit_vocabulary
 from ftlab.models.transformer import Transformer
 from ftlab.models.weights import load_weights
 from ftlab.optim.groups import decay_groups
@@ -423,8 +424,8 @@ def assemble(
         raise ConfigError("seq_len", problem, f"seq_len={model_config.max_seq_len}")
     if pretrained is not None:
         recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit_of(pretrained)})
-    tokenizer: Tokenizer = build(config["tokenizer"])
-    model_config = with_vocabulary(model_config, tokenizer)
+    tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], config["model"]["checkpoint"], pretrained))
+    model_config = with_vocabulary(model_config, pretrained, tokenizer, opened)
     data: InstructDataset = build(
         config["dataset"],
         tokenizer=tokenizer,
@@ -447,7 +448,8 @@ def assemble(
             on_samples=recorder.log_samples,
         )
     if opened is None:
-        fill = random_weights(config["seed"]) if pretrained is None else weights_in(pretrained)
+        seed = config["seed"]
+        fill = random_weights(seed) if pretrained is None else weights_in(pretrained, tokenizer.new_ids)
     else:  # what goes on is restored at once, when there is an optimizer too
         fill = (lambda _: None) if goes_on else weights_of(opened)
     accumulate = opened.told["cursor"]["global_batch_size"] if opened is not None and goes_on else None
@@ -530,17 +532,34 @@ def assemble_run(
     )
 
 
-def with_vocabulary(model: AnyModelConfig, tokenizer: Tokenizer) -> AnyModelConfig:
-    """``model`` with the tokenizer's vocabulary where its own is open; that of pretrained weights must agree."""
-    if model.checkpoint is None or model.vocab_size is None:
-        return replace(model, vocab_size=tokenizer.vocab_size)
-    if model.vocab_size != tokenizer.vocab_size:
-        raise ConfigError(
-            "tokenizer",
-            f"it has {tokenizer.vocab_size} tokens, but the model of {model.checkpoint} has {model.vocab_size}",
-            "the tokenizer the model was trained with: tokenizer.path=/path/to/the/model/folder",
-        )
-    return model
+def beside_checkpoint(tokenizer: Config, named: str | None, folder: Path | None) -> Config:
+    """The tokenizer's node; where its path is the model's, it reads the folder that this was resolved to."""
+    follows = folder is not None and tokenizer.get("path") == named
+    return tokenizer | {"path": str(folder)} if follows else tokenizer
+
+
+def with_vocabulary(
+    model: AnyModelConfig, folder: Path | None, tokenizer: Tokenizer, opened: Opened | None = None
+) -> AnyModelConfig:
+    """``model`` with rows for all of the tokenizer's ids; pretrained weights must be of that tokenizer.
+
+    Args:
+        folder: of pretrained weights.
+        opened: a checkpoint instead, which has the rows that it has.
+    """
+    if opened is not None and (n_rows := opened.vocab_size) is not None:
+        if n_rows < tokenizer.vocab_size:
+            problem = f"it has {tokenizer.vocab_size} tokens, but {opened.path} has rows for {n_rows}"
+            raise ConfigError("tokenizer", problem, "the tokenizer that the checkpoint was trained with")
+        return replace(model, vocab_size=n_rows)
+    fitting = fit_vocabulary(model, folder, tokenizer.vocab_size, tokenizer.new_ids)
+    if folder is not None:
+        for warning in compare_specials(folder, tokenizer.bos_id, tokenizer.eos_id):
+            log.warning("tokenizer: %s", warning)
+        if new_ids := tokenizer.new_ids:
+            new = f"{len(new_ids)} new tokens, ids {new_ids.start} to {new_ids.stop - 1}"
+            log.info("vocabulary: %s: their rows begin as the mean of the others", new)
+    return fitting
 
 
 def _same_inputs(opened: Opened, data: InstructDataset, tokenizer: Tokenizer) -> None:
@@ -567,9 +586,9 @@ def random_weights(seed: int) -> Fill:
     return draw
 
 
-def weights_in(folder: Path) -> Fill:
-    """Loads pretrained ones."""
-    return lambda model: load_weights(model, folder)
+def weights_in(folder: Path, new_ids: range = range(0)) -> Fill:
+    """Loads pretrained ones, with rows for ``new_ids`` that the vocabulary did not have."""
+    return lambda model: load_weights(model, folder, new_ids)
 
 
 def weights_of(opened: Opened) -> Fill:

@@ -9,6 +9,7 @@ from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
+from ftlab.models.auto import find_model
 from ftlab.run import build_model, weights_of, with_vocabulary
 from ftlab.storage.addresses import candidates, find_run
 from ftlab.storage.checkpoints import verify
@@ -43,7 +44,8 @@ def export(address: str, out: Path, dtype: str | None) -> Proof:
     plain = Precision(param_dtype=trained.param_dtype, compute_dtype=trained.param_dtype, loss_scaling=False)
     files = Precision(param_dtype=DTYPES[dtype], compute_dtype=DTYPES[dtype], loss_scaling=False) if dtype else trained
     parallel = OneRank(pick_device("cpu"))
-    model = build_model(with_vocabulary(build(config["model"]), tokenizer), weights_of(opened), plain, parallel)
+    model_config, _ = find_model(build(config["model"]), fetch=False)
+    model = build_model(with_vocabulary(model_config, None, tokenizer, opened), weights_of(opened), plain, parallel)
     return export_model(
         model,
         tokenizer,

@@ -17,6 +17,7 @@ from ftlab.models.hf import HFTransformer
 from ftlab.models.hf_layout import CONFIG, INDEX, SINGLE
 from ftlab.models.layouts import Layout, described_sizes, open_folder
 from ftlab.models.meta_layout import PARAMS, is_rotated, meta_names, meta_params, pairs_from_halves
+from ftlab.models.resize import with_new_rows
 from ftlab.models.safetensors_stream import SafetensorsWriter
 from ftlab.models.shards import all_rows, barrier, held_rows, this_rank
 from ftlab.models.stored import KEY, StoredTensor
@@ -26,7 +27,7 @@ PIECE_BYTES = 4 * 2**20  # read together
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub's tools and transformers use
 
 
-def load_weights(model: Transformer | HFTransformer, folder: Path) -> None:
+def load_weights(model: Transformer | HFTransformer, folder: Path, new_ids: range = range(0)) -> None:
     """Copy a folder's weights into the model's parameters, in place and in their dtype.
 
     The folder is compared with the model first (its config.json or params.json, then every tensor's shape),
@@ -37,24 +38,31 @@ def load_weights(model: Transformer | HFTransformer, folder: Path) -> None:
         model: parameters allocated (``to_empty``), not on meta; whole or sharded.
         folder: Hugging Face (single file or index) or Meta (consolidated.NN.pth, any number of shards)
         layout.
+        new_ids: tokens that the folder knows nothing of; their rows become the mean of the known ones.
 
     Raises:
         ConfigError: naming the contradiction, the first tensor that does not fit, or the damaged file.
         ConfigErrors: when the folder contradicts several keys at once.
     """
-    for _, parameter, stored in stored_tensors(model, folder):
+    for _, parameter, stored in stored_tensors(model, folder, new_ids):
         assign(parameter, stored)
 
 
-def stored_tensors(model: Transformer | HFTransformer, folder: Path) -> Iterator[tuple[str, Tensor, StoredTensor]]:
+def stored_tensors(
+    model: Transformer | HFTransformer, folder: Path, new_ids: range = range(0)
+) -> Iterator[tuple[str, Tensor, StoredTensor]]:
     """Name, parameter, and what the folder holds for it, in the files' order: disks like it.
 
     Raises:
         ConfigError, ConfigErrors: as `load_weights`, before the first is given.
     """
     if isinstance(model, Transformer):
-        compare_sizes(model.config, folder, but=())
+        compare_sizes(model.config, folder, but=("vocab_size",) if new_ids else ())
         layout = open_folder(folder, model.config)
+        if new_ids:
+            layout = with_new_rows(layout, new_ids, model.embedding.num_embeddings)
+    elif new_ids:
+        raise ConfigError("tokenizer.added_tokens", "model=hf keeps the vocabulary of its checkpoint")
     else:
         layout = model.open_folder(folder)
     parameters = dict(model.named_parameters())

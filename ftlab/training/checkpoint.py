@@ -304,6 +304,12 @@ class Opened:
     told: dict[str, Any]
     stored: dict[str, StoredRows]
 
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding; None where the model calls it by another name."""
+        rows = self.stored.get("model.embedding.weight")
+        return rows.shape[0] if rows is not None else None
+
     def rng(self, rank: int) -> dict[str, Any] | None:
         """The random states of one rank; None where there were fewer ranks."""
         path = self.path / f"rng-{rank:05d}.json"
