@@ -18,8 +18,9 @@ import torch
 
 from ftlab.config.build import build
 from ftlab.config.layers import leaves
+from ftlab.data.cache import cache_folder
+from ftlab.data.dataset import Dataset
 from ftlab.data.loader import BatchLoader, SampleSource
-from ftlab.data.sft import InstructDataset
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism, Strategy
 from ftlab.distributed.env import WorkerEnv, describe_device, keep_freed_memory, peak_flops
@@ -145,9 +146,11 @@ def _folder_of_rank_0(config: Config) -> RunFolder | None:
 # Where things are on a machine is its own affair; what is computed from them is not.
 _OF_THE_MACHINE = (
     "paths.output_dir",
+    "paths.cache_dir",
     "model.checkpoint",
     "tokenizer.path",
     "dataset.data_files",
+    "dataset.val_data_files",
     "parallelism.nproc_per_node",
 )
 
@@ -209,7 +212,7 @@ class Experiment:
     config: Config
     tokenizer: Tokenizer
     model_config: ModelConfig
-    data: InstructDataset
+    data: Dataset
     run: Run
 
     def info(self, folder: Path) -> RunInfo:
@@ -241,13 +244,13 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
     checkpoint = resolve_checkpoint(model_config.checkpoint) if model_config.checkpoint else None
     tokenizer: Tokenizer = build(config["tokenizer"])
     model_config = with_vocabulary(model_config, tokenizer)
-    data: InstructDataset = build(
+    data: Dataset = build(
         config["dataset"],
         tokenizer=tokenizer,
         seq_len=config["seq_len"],
         seed=config["seed"],
         progress=recorder.progress,
-        share=team.share if team else None,
+        cache_dir=cache_folder(config["paths"]["cache_dir"]),
     )
     if team is not None and (fingerprint := team.from_first("data", data.fingerprint)) != data.fingerprint:
         raise DataError(f"dataset: this machine's samples ({data.fingerprint}) are not rank 0's ({fingerprint})")
@@ -261,7 +264,16 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
             on_samples=recorder.log_samples,
         )
     run = assemble_run(
-        config, model_config, checkpoint, data.train, data.shuffle, tokenizer.pad_id, evaluator, recorder.log, worker
+        config,
+        model_config,
+        checkpoint,
+        data.train,
+        data.shuffle,
+        tokenizer.pad_id,
+        evaluator,
+        recorder.log,
+        worker,
+        grouped=data.group_by_length,
     )
     return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, data=data, run=run)
 
@@ -276,6 +288,8 @@ def assemble_run(
     evaluator: Evaluator | None,
     log: Callable[[Mapping[str, float], int], None],
     worker: WorkerEnv,
+    *,
+    grouped: bool = False,
 ) -> Run:
     """What the loop needs to train ``model_config`` on ``rows`` as ``config`` says; weights are loaded here."""
     torch.manual_seed(config["seed"])
@@ -294,6 +308,7 @@ def assemble_run(
         dp_rank=parallel.dp_rank,
         dp_size=parallel.dp_size,
         pad_id=pad_id,
+        grouped=grouped,
     )
     model = build_model(model_config, checkpoint, precision, parallel, config["seed"])
     optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
