@@ -34,6 +34,7 @@ from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError, ConfigErrors, DataError, FtlabError
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
+from ftlab.models.resize import compare_specials, fit_vocabulary
 from ftlab.models.transformer import ModelConfig, Transformer
 from ftlab.models.weights import load_weights, resolve_checkpoint
 from ftlab.optim.groups import decay_groups
@@ -242,8 +243,8 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
     """Build every part of a run: what can fail cheaply first, then data, then weights."""
     model_config: ModelConfig = build(config["model"])
     checkpoint = resolve_checkpoint(model_config.checkpoint) if model_config.checkpoint else None
-    tokenizer: Tokenizer = build(config["tokenizer"])
-    model_config = with_vocabulary(model_config, tokenizer)
+    tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], config["model"]["checkpoint"], checkpoint))
+    model_config = with_vocabulary(model_config, checkpoint, tokenizer)
     data: Dataset = build(
         config["dataset"],
         tokenizer=tokenizer,
@@ -273,6 +274,7 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
         evaluator,
         recorder.log,
         worker,
+        tokenizer.new_ids,
         grouped=data.group_by_length,
     )
     return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, data=data, run=run)
@@ -288,6 +290,7 @@ def assemble_run(
     evaluator: Evaluator | None,
     log: Callable[[Mapping[str, float], int], None],
     worker: WorkerEnv,
+    new_ids: range = range(0),
     *,
     grouped: bool = False,
 ) -> Run:
@@ -310,7 +313,7 @@ def assemble_run(
         pad_id=pad_id,
         grouped=grouped,
     )
-    model = build_model(model_config, checkpoint, precision, parallel, config["seed"])
+    model = build_model(model_config, checkpoint, precision, parallel, config["seed"], new_ids)
     optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
     schedule = build(config["scheduler"], total_steps=trainer.total_steps(loader.steps_per_epoch))
     state = TrainState(
@@ -333,21 +336,31 @@ def assemble_run(
     )
 
 
-def with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """``model`` with the tokenizer's vocabulary where its own is open; that of pretrained weights must agree."""
-    if model.checkpoint is None or model.vocab_size is None:
-        return replace(model, vocab_size=tokenizer.vocab_size)
-    if model.vocab_size != tokenizer.vocab_size:
-        raise ConfigError(
-            "tokenizer",
-            f"it has {tokenizer.vocab_size} tokens, but the model of {model.checkpoint} has {model.vocab_size}",
-            "the tokenizer the model was trained with: tokenizer.path=/path/to/the/model/folder",
-        )
-    return model
+def beside_checkpoint(tokenizer: Config, named: str | None, folder: Path | None) -> Config:
+    """The tokenizer's node; where its path is the model's, it reads the folder that this was resolved to."""
+    follows = folder is not None and tokenizer.get("path") == named
+    return tokenizer | {"path": str(folder)} if follows else tokenizer
+
+
+def with_vocabulary(model: ModelConfig, folder: Path | None, tokenizer: Tokenizer) -> ModelConfig:
+    """``model`` with rows for all of the tokenizer's ids; pretrained weights must be of that tokenizer."""
+    fitting = fit_vocabulary(model, folder, tokenizer.vocab_size, tokenizer.new_ids)
+    if folder is not None:
+        for warning in compare_specials(folder, tokenizer.bos_id, tokenizer.eos_id):
+            log.warning("tokenizer: %s", warning)
+        if new_ids := tokenizer.new_ids:
+            new = f"{len(new_ids)} new tokens, ids {new_ids.start} to {new_ids.stop - 1}"
+            log.info("vocabulary: %s: their rows begin as the mean of the others", new)
+    return fitting
 
 
 def build_model(
-    config: ModelConfig, checkpoint: Path | None, precision: Precision, parallel: Parallelism, seed: int
+    config: ModelConfig,
+    checkpoint: Path | None,
+    precision: Precision,
+    parallel: Parallelism,
+    seed: int,
+    new_ids: range = range(0),
 ) -> Transformer:
     """The model on its device with its weights in place: built on meta, so that nothing is ever held twice."""
     with torch.device("meta"):
@@ -356,7 +369,7 @@ def build_model(
     if checkpoint is None:
         model.init_weights(seed)
     else:
-        load_weights(model, checkpoint)
+        load_weights(model, checkpoint, new_ids)
     return model
 
 

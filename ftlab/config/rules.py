@@ -203,6 +203,8 @@ RULES: dict[str, Rule] = {
     "model.norm_eps": Number(low=0, open_low=True, example=1e-5),
     "model.rope_theta": Number(low=0, open_low=True, example=10000.0),
     "tokenizer.path": Text(example="/path/to/tokenizer.model"),
+    "tokenizer.added_tokens": ListOf(Text()),
+    "tokenizer.added_special_tokens": ListOf(Text()),
     "dataset.data_files": FILES,
     "dataset.column_map.input": Text(optional=True),
     "dataset.column_map.family": Text(optional=True),

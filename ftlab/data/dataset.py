@@ -20,6 +20,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ftlab.data.cache import cached, key_of
+from ftlab.data.cores import n_cores
 from ftlab.data.encode import Encoder
 from ftlab.data.filters import Filter
 from ftlab.data.formats import Format, Message
@@ -33,7 +34,7 @@ from ftlab.data.sources import Chunk, Source, open_source
 from ftlab.data.split import draw_validation
 from ftlab.data.store import Store, StoreWriter
 from ftlab.data.templates import Template
-from ftlab.data.tokenise import Recipe, mapped_columns, tokenise, usable_cores
+from ftlab.data.tokenise import Recipe, mapped_columns, tokenise
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError, DataError
 
@@ -173,7 +174,7 @@ class Dataset:
         refusal = Refusal(self.allow, goes_on=self.inspecting)
         reader = _Reader(self.filter, limit, recipe)
         size, unit = source.size()
-        n_workers = usable_cores() if size * (1 if unit == "rows" else 1024) >= _WORTH_PROCESSES else 0
+        n_workers = n_cores() if size * (1 if unit == "rows" else 1024) >= _WORTH_PROCESSES else 0
         label = f"tokenising {name}, {unit}" if size else f"tokenising {name}"
         bar = self.progress(label, size) if self.progress else nullcontext(lambda _: None)
         with StoreWriter(folder, self.tokenizer.vocab_size) as writer, bar as advance:
@@ -387,7 +388,7 @@ def _state_of(thing: Any) -> list[Any]:
 
 def _code_of(*things: Any) -> str:
     """A digest of the code that makes samples: that of this package, and that of classes from elsewhere."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     for thing in things:
         module = sys.modules[type(thing).__module__]
         if (source := inspect.getsourcefile(module)) is not None:

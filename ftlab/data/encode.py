@@ -12,7 +12,7 @@ import numpy as np
 
 from ftlab.data.formats import Conversation, Message
 from ftlab.data.spans import token_cuts
-from ftlab.data.templates import BOS, EOS, Part, Template
+from ftlab.data.templates import BOS, EOS, START, Part, Template
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError
 
@@ -64,7 +64,7 @@ class Encoder:
 
     def __init__(self, *, tokenizer: Tokenizer, template: Template, train_on_input: bool):
         self._tokenizer, self._template, self._train_on_input = tokenizer, template, train_on_input
-        self._specials = dict(getattr(tokenizer, "specials", {}))
+        self._specials = dict(tokenizer.specials)
         names = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
         self._split: dict[str, list[Part]] = {}
@@ -89,13 +89,22 @@ class Encoder:
         for row in rows:
             self._lay_out(row, layout)
         texts = layout.close()
-        tokenised = self._tokenizer.encode_batch(texts, bos=False, eos=False) if texts else []
+        tokenised = self._tokenise(texts, layout.follow_control)
         flat = array("i")
         for ids in tokenised:
             flat.extend(ids)
         tokens = np.asarray(flat, dtype=np.int32)
         ends = np.cumsum([len(ids) for ids in tokenised], dtype=np.int64)
         return layout.assemble(tokens, ends, *token_cuts(self._tokenizer, texts, tokens, ends, layout.boundaries))
+
+    def _tokenise(self, texts: Sequence[str], follow_control: Sequence[bool]) -> list[list[int]]:
+        """The tokens of every text; some tokenizers begin one differently after a control token."""
+        if not any(follow_control):
+            return self._tokenizer.encode_batch(texts, bos=False, eos=False) if texts else []
+        after = iter(self._tokenizer.encode_after_special([t for t, f in zip(texts, follow_control, strict=True) if f]))
+        first = [t for t, f in zip(texts, follow_control, strict=True) if not f]
+        begin = iter(self._tokenizer.encode_batch(first, bos=False, eos=False) if first else [])
+        return [next(after) if follows else next(begin) for follows in follow_control]
 
     def _lay_out(self, row: Rendered, layout: _Layout) -> None:
         """Add one row's pieces: control tokens, and texts with the runs of trained and untrained in them."""
@@ -106,10 +115,11 @@ class Encoder:
             i = part.message
             trained = self._train_on_input or (i is not None and messages[i].trained)
             is_answer = i is not None and i == answer
+            by_assistant = i is not None and messages[i].role == "assistant"
             if part.control is not None:
                 token = self._control_id(part.control)
                 if token is not None:
-                    layout.add_control(token, trained, is_answer, i is not None and messages[i].role == "assistant")
+                    layout.add_control(token, trained, is_answer, by_assistant, begins=part.control == START)
             elif i is None and self._special is not None:
                 for piece in self._pieces(part.text):
                     if piece.control is None:
@@ -117,7 +127,7 @@ class Encoder:
                     else:
                         layout.add_control(self._specials[piece.control], trained, False, False)
             else:
-                layout.add_text(part.text, trained, is_answer, i is not None and messages[i].role == "assistant")
+                layout.add_text(part.text, trained, is_answer, by_assistant)
 
     def _pieces(self, text: str) -> list[Part]:
         """The template's own text, split at the control tokens that stand in it, like ``[INST]`` in newer Mistrals."""
@@ -135,9 +145,10 @@ class Encoder:
 
     def _control_id(self, name: str) -> int | None:
         """The id of a control token; None for a BOS that the tokenizer does not have and the model did not see."""
-        if name in (BOS, EOS):
-            token = self._tokenizer.bos_id if name == BOS else self._tokenizer.eos_id
-            return None if token is None or token < 0 else token
+        if name in (START, BOS):
+            return self._tokenizer.bos_id
+        if name == EOS:
+            return self._tokenizer.eos_id
         if name not in self._specials:
             raise ConfigError(
                 "dataset.template",
@@ -155,6 +166,7 @@ class _Layout:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.follow_control: list[bool] = []  # per text
         self.boundaries: list[tuple[int, int]] = []  # (text, character): where a run ends inside a text
         self._controls = array("i")  # per piece: the token, or -1 for the next of the texts
         self._row_starts = array("q")  # first piece of each row
@@ -166,15 +178,20 @@ class _Layout:
         self._end_ids = array("i")  # per row
         self._open: list[str] = []  # the pieces of the text being put together
         self._open_len = 0
+        self._after_control = False
 
     def start_row(self) -> None:
         self._close()
+        self._after_control = False
         self._row_starts.append(len(self._controls))
         self._answer_runs.append(-1)
         self._end_ids.append(-1)
 
-    def add_control(self, token: int, trained: bool, is_answer: bool, by_assistant: bool) -> None:
+    def add_control(
+        self, token: int, trained: bool, is_answer: bool, by_assistant: bool, *, begins: bool = False
+    ) -> None:
         self._close()
+        self._after_control = not begins
         self._controls.append(token)
         self._add_run(trained, is_answer, by_assistant)
         if by_assistant:
@@ -192,6 +209,7 @@ class _Layout:
             self.boundaries.append((len(self.texts), self._open_len))
         else:
             self._controls.append(-1)
+            self.follow_control.append(self._after_control)
         self._open.append(text)
         self._open_len += len(text)
         self._add_run(trained, is_answer, by_assistant)

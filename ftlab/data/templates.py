@@ -13,7 +13,9 @@ from typing import NamedTuple, Protocol
 from ftlab.data.formats import Conversation, Message
 from ftlab.data.problems import BadRow
 
-BOS, EOS = "bos", "eos"  # as ``Part.control``: whatever these tokens are called in the tokenizer at hand
+# As ``Part.control``: whatever these tokens are called in the tokenizer at hand.
+BOS, EOS = "bos", "eos"
+START = "start"  # BOS too, where tokenizers put it of themselves: the text after it begins as one does
 
 
 class Part(NamedTuple):
@@ -23,7 +25,7 @@ class Part(NamedTuple):
         text: plain text; next to other plain text it is tokenised as one with it.
         message: which message this is (its content, or the token that ends it); None for what surrounds it, in
             which alone a control token may also be written as text.
-        control: the control token that this part is instead of text: ``BOS``, ``EOS``, or the token's own name.
+        control: the control token that this part is instead of text: ``START``, ``BOS``, ``EOS``, or its own name.
     """
 
     text: str
@@ -77,7 +79,7 @@ class AlpacaTemplate:
         """One question and its answer."""
         question, answer = _single_turn(conversation.messages)
         prompt = self.render(question.content, question.context)
-        return [control(BOS), Part(prompt, 0), Part(answer.content, 1), control(EOS, 1)]
+        return [control(START), Part(prompt, 0), Part(answer.content, 1), control(EOS, 1)]
 
 
 class StanfordAlpacaTemplate(AlpacaTemplate):
@@ -95,7 +97,7 @@ class PlainTemplate:
         """BOS, whatever the messages say, EOS."""
         messages = conversation.messages
         spoken = [Part(message.text, i) for i, message in enumerate(messages)]
-        return [control(BOS), *spoken, control(EOS, len(messages) - 1)]
+        return [control(START), *spoken, control(EOS, len(messages) - 1)]
 
 
 class ChatMLTemplate:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ftlab.data.cores import use_cores
 from ftlab.data.encode import Encoded, Encoder
 from ftlab.data.formats import Conversation, Format
 from ftlab.data.problems import BadRow, Problem, require_characters
@@ -22,7 +22,7 @@ from ftlab.data.shorten import Piece, TooLong, shorten
 from ftlab.data.sources import Chunk
 from ftlab.data.store import Mark, StoreWriter
 from ftlab.data.templates import Template
-from ftlab.data.tokenizers import Tokenizer, use_cores
+from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError
 
 # A rendered conversation's signs. Those of one or two characters more than HTML's <s> are no accident in a row.
@@ -321,8 +321,3 @@ def _start_worker(recipe: Recipe) -> None:
 def _make(chunk: Chunk) -> Made:
     assert _worker is not None
     return _worker(chunk)
-
-
-def usable_cores() -> int:
-    """Cores this process may run on, which in a container or under Slurm are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -19,7 +19,7 @@ from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
-from ftlab.run import build_model
+from ftlab.run import build_model, with_vocabulary
 from ftlab.training.generate import generate
 
 
@@ -41,7 +41,8 @@ def ask(folder: Path, instruction: str, *, input: str, on_text: Callable[[str], 
     encoder = Encoder(tokenizer=tokenizer, template=template, train_on_input=False)
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(config["device"]))
-    model_config = replace(build(config["model"]), vocab_size=tokenizer.vocab_size, checkpoint=str(export))
+    model_config = replace(build(config["model"]), vocab_size=None, checkpoint=str(export))  # the export tells
+    model_config = with_vocabulary(model_config, export, tokenizer)
     model = build_model(model_config, export, precision, parallel, seed=0)
     text = TextStream(tokenizer, on_text)
     prompt = encoder.prompt([Message("user", instruction, False, input)])

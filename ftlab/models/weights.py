@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ftlab.models.layouts import (
     hf_names,
     open_folder,
 )
+from ftlab.models.resize import with_new_rows
 from ftlab.models.safetensors_stream import SafetensorsWriter
 from ftlab.models.shards import all_rows, barrier, held_rows, this_rank
 from ftlab.models.transformer import ModelConfig, Transformer
@@ -91,7 +92,7 @@ def _snapshot(repo_id: str, *, local_files_only: bool) -> Path:
     )
 
 
-def load_weights(model: Transformer, folder: Path) -> None:
+def load_weights(model: Transformer, folder: Path, new_ids: range = range(0)) -> None:
     """Copy a folder's weights into the model's parameters, in place and in their dtype.
 
     The folder is compared with the model first (its config.json or params.json, then every tensor's shape),
@@ -102,13 +103,16 @@ def load_weights(model: Transformer, folder: Path) -> None:
         model: parameters allocated (``to_empty``), not on meta; whole or sharded.
         folder: Hugging Face (single file or index) or Meta (consolidated.NN.pth, any number of shards)
         layout.
+        new_ids: tokens that the folder knows nothing of; their rows become the mean of the known ones.
 
     Raises:
         ConfigError: naming the contradiction, the first tensor that does not fit, or the damaged file.
         ConfigErrors: when the folder contradicts several keys at once.
     """
-    _compare_sizes(model.config, folder)
+    _compare_sizes(model.config, folder, but=("vocab_size",) if new_ids else ())
     layout = open_folder(folder, model.config)
+    if new_ids:
+        layout = with_new_rows(layout, new_ids, model.embedding.num_embeddings)
     parameters = dict(model.named_parameters())
     _compare_shapes(parameters, layout, folder)
     ours = {theirs: ours for ours, theirs in layout.names.items()}
@@ -126,10 +130,12 @@ def assign(parameter: Tensor, stored: StoredTensor) -> None:
         local.copy_(stored.read(rows))
 
 
-def _compare_sizes(config: ModelConfig, folder: Path) -> None:
+def _compare_sizes(config: ModelConfig, folder: Path, but: Collection[str]) -> None:
     file, sizes = described_sizes(folder)
     problems = []
     for key, theirs in sizes.items():
+        if key in but:
+            continue
         value = getattr(config, key)
         same = value == theirs or (isinstance(theirs, float) and math.isclose(value, theirs, rel_tol=1e-6))
         if not same:
