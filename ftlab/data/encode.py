@@ -63,11 +63,16 @@ class Encoder:
     """
 
     def __init__(self, *, tokenizer: Tokenizer, template: Template, train_on_input: bool):
-        self._tokenizer, self._template, self._train_on_input = tokenizer, template, train_on_input
+        self._tokenizer, self._train_on_input = tokenizer, train_on_input
+        # A template that the tokenizer has a part in, as in a Jinja one.
+        self._template: Template = template.bound_to(tokenizer) if hasattr(template, "bound_to") else template
+        self._literal = getattr(self._template, "literal", False)
         self._specials = dict(tokenizer.specials)
         names = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
         self._split: dict[str, list[Part]] = {}
+        names_that_strip: frozenset[str] = getattr(tokenizer, "strips_after", frozenset())
+        self._strip_after = {self._specials[name] for name in names_that_strip}
 
     def render(self, conversation: Conversation) -> Rendered:
         """The parts of one conversation.
@@ -85,7 +90,7 @@ class Encoder:
 
     def __call__(self, rows: Sequence[Rendered]) -> Encoded:
         """Tokens and mask of every rendered conversation."""
-        layout = _Layout()
+        layout = _Layout(self._strip_after)
         for row in rows:
             self._lay_out(row, layout)
         texts = layout.close()
@@ -120,7 +125,7 @@ class Encoder:
                 token = self._control_id(part.control)
                 if token is not None:
                     layout.add_control(token, trained, is_answer, by_assistant, begins=part.control == START)
-            elif i is None and self._special is not None:
+            elif i is None and self._special is not None and not self._literal:
                 for piece in self._pieces(part.text):
                     if piece.control is None:
                         layout.add_text(piece.text, trained, False, False)
@@ -164,7 +169,8 @@ class _Layout:
     A piece is a control token or a text; a text is a sequence of runs, each trained or not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, strip_after: set[int]) -> None:
+        self._strip_after = strip_after  # control tokens that swallow the spaces after them
         self.texts: list[str] = []
         self.follow_control: list[bool] = []  # per text
         self.boundaries: list[tuple[int, int]] = []  # (text, character): where a run ends inside a text
@@ -178,11 +184,11 @@ class _Layout:
         self._end_ids = array("i")  # per row
         self._open: list[str] = []  # the pieces of the text being put together
         self._open_len = 0
-        self._after_control = False
+        self._after_control = self._strips = False
 
     def start_row(self) -> None:
         self._close()
-        self._after_control = False
+        self._after_control = self._strips = False
         self._row_starts.append(len(self._controls))
         self._answer_runs.append(-1)
         self._end_ids.append(-1)
@@ -192,12 +198,16 @@ class _Layout:
     ) -> None:
         self._close()
         self._after_control = not begins
+        self._strips = token in self._strip_after
         self._controls.append(token)
         self._add_run(trained, is_answer, by_assistant)
         if by_assistant:
             self._end_ids[-1] = token
 
     def add_text(self, text: str, trained: bool, is_answer: bool, by_assistant: bool) -> None:
+        if self._strips:
+            text = text.lstrip()
+            self._strips = not text
         if self._open:
             last = len(self._run_trained) - 1
             # Runs that follow each other alike are one, but an answer must not lose its start.

@@ -185,9 +185,6 @@ class OasstTrees(Chat):
         **{"text": "text", "role": "text", "rank": "any?"},
     }
 
-    def __init__(self) -> None:
-        super().__init__(last_turn_only=False)
-
     def regroup(self, rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
         """Rows of messages to rows of conversations, each numbered as its tree's first row."""
         first = 0

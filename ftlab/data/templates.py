@@ -101,33 +101,21 @@ class PlainTemplate:
 
 
 class ChatMLTemplate:
-    """OpenAI's ChatML, as Qwen and SmolLM have it: any roles in any order.
-
-    Args:
-        default_system: what is said for a conversation without a system message; null: nothing.
-    """
+    """OpenAI's ChatML, as Qwen and SmolLM have it: any roles in any order, no BOS."""
 
     markers = ("<|im_start|>", "<|im_end|>")
-
-    def __init__(self, *, default_system: str | None):
-        self.default_system = default_system
 
     def parts(self, conversation: Conversation) -> list[Part]:
         """``<|im_start|>role``, content ``<|im_end|>``, line by line."""
         parts = []
-        if self.default_system is not None and conversation.messages[0].role != "system":
-            parts += self._turn("system", self.default_system, None)
         for i, message in enumerate(conversation.messages):
-            parts += self._turn(message.role, message.text, i)
+            parts += [control("<|im_start|>"), Part(f"{message.role}\n"), Part(message.text, i)]
+            parts += [control("<|im_end|>", i), Part("\n")]
         return parts
-
-    def _turn(self, role: str, text: str, i: int | None) -> list[Part]:
-        header = [control("<|im_start|>"), Part(f"{role}\n")]
-        return [*header, Part(text, i), control("<|im_end|>", i), Part("\n")]
 
 
 class Llama3Template:
-    """Llama 3's: any roles in any order, contents stripped. (3.1 also tells the date; ``TokenizerTemplate`` does.)"""
+    """Llama 3's: any roles in any order, contents stripped. (3.1's own also tells the date.)"""
 
     markers = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 

@@ -206,7 +206,7 @@ def mapped_columns(format: Format, column_map: Mapping[str, str | None]) -> dict
         ConfigError: for a field that the format does not know, or one that it needs and that is mapped to nothing.
     """
     kinds = format.fields
-    if unknown := sorted(set(column_map) - set(kinds)):
+    if unknown := sorted(name for name, column in column_map.items() if name not in kinds and column is not None):
         problem = f"is no field of {type(format).__name__}; its fields are {', '.join(kinds)}"
         raise ConfigError(f"dataset.column_map.{unknown[0]}", problem)
     for name, kind in kinds.items():
