@@ -200,6 +200,7 @@ RULES: dict[str, Rule] = {
     "model.ffn_hidden_dim": COUNT,
     "model.vocab_size": OPTIONAL_COUNT,
     "model.max_seq_len": COUNT,
+    "model.sliding_window": OPTIONAL_COUNT,
     "model.norm_eps": Number(low=0, open_low=True, example=1e-5),
     "model.rope_theta": Number(low=0, open_low=True, example=10000.0),
     "tokenizer.path": Text(example="/path/to/tokenizer.model"),

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Queries, keys and values, (B, heads, T, head_dim) each, to what is attended to: `Causal` or `Documents`.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) with the gain brought to the input's dtype.
@@ -25,7 +28,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Rotation:
-    """Cosines and sines of a run of positions, (T, head_dim / 2) float32; calling it rotates queries or keys.
+    """Cosines and sines of positions, ([B,] T, head_dim / 2) float32; calling it rotates queries or keys.
 
     A plain class on purpose: FSDP2 casts every tensor it finds in a block's arguments, in tuples and
     dataclasses too, to the compute dtype, and in bfloat16 neighbouring positions far into a sequence have the
@@ -41,7 +44,7 @@ class Rotation:
         Pairs are (i, i + head_dim / 2), the convention of Hugging Face's weights; Meta's pairs (2i, 2i + 1)
         are brought to it when their weights are read (``ftlab/models/layouts.py``).
         """
-        cos, sin = self.cos[:, None], self.sin[:, None]
+        cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -78,10 +81,9 @@ class RotaryEmbedding(nn.Module):
             angles = torch.outer(torch.arange(self.max_seq_len, dtype=torch.float32), 1.0 / self.theta**exponents)
         self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
 
-    def forward(self, start: int, n_tokens: int) -> Rotation:
-        """The rotation of positions start .. start + n_tokens - 1 (views, no copy)."""
-        end = start + n_tokens
-        return Rotation(self.cos[start:end], self.sin[start:end])
+    def forward(self, positions: slice | Tensor) -> Rotation:
+        """The rotation of a run of positions (views, no copy), or of those in a tensor (B, T)."""
+        return Rotation(self.cos[positions], self.sin[positions])
 
 
 class LayerCache:
@@ -131,7 +133,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * head_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None) -> Tensor:
         """x: (B, T, dim) -> (B, T, dim); with a cache, x holds the T positions after those cached."""
         per_head = (*x.shape[:2], -1, self.head_dim)
         q = rotation(self.q_proj(x).view(per_head)).transpose(1, 2)
@@ -139,35 +141,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(per_head).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = _causal_attention(q, k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the last T of S positions. q: (B, H, T, D); k, v: (B, n_kv_heads, S, D)."""
-    n_queries, n_keys = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < n_queries < n_keys:  # a chunk after a filled cache: is_causal would align it with the first keys
-        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and not _reads_grouped_heads(q, mask):
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        grouped = False
-    is_causal = n_queries == n_keys and n_queries > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
-
-
-def _reads_grouped_heads(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether a fused SDPA kernel takes fewer key heads than query heads as they are.
-
-    torch 2.11 to 2.13: the CPU kernel does; on CUDA only flash does (16 bit, no mask, sm80 or newer),
-    everything else would fall silently to the kernel that writes out all T x T scores, so there K and V are
-    repeated first.
-    """
-    if q.device.type == "cpu":
-        return True
-    flash = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    return flash and mask is None and q.dtype in (torch.bfloat16, torch.float16)
+        return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftlab.errors import ConfigError
-from ftlab.models.layers import Attention, KVCache, LayerCache, RMSNorm, RotaryEmbedding, Rotation, SwiGLU
+from ftlab.models.attention import Causal, Documents
+from ftlab.models.layers import Attend, Attention, KVCache, LayerCache, RMSNorm, RotaryEmbedding, Rotation, SwiGLU
 from ftlab.models.shards import held_rows
 
 INIT_STD = 0.02
@@ -37,7 +38,8 @@ class ModelConfig:
         n_kv_heads. ffn_hidden_dim: inner width of the feed-forward. vocab_size: rows of the embedding and
         of the head; null until the tokenizer is known. norm_eps: added to the mean square under RMSNorm's
         root. rope_theta: base of the rotary wavelengths. max_seq_len: longest sequence, tokens; positions
-        beyond it do not exist. tie_embeddings: the head uses the embedding's weight. checkpoint: folder or
+        beyond it do not exist. sliding_window: tokens that one attends to, itself included; null: all before it.
+        tie_embeddings: the head uses the embedding's weight. checkpoint: folder or
         Hub id of pretrained weights; null: random weights.
 
     Raises:
@@ -54,13 +56,14 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     max_seq_len: int
+    sliding_window: int | None
     tie_embeddings: bool
     checkpoint: str | None
 
     def __post_init__(self) -> None:
         for key in ("dim", "n_layers", "n_heads", "ffn_hidden_dim", "max_seq_len"):
             _require_positive_int(key, getattr(self, key))
-        for key in ("n_kv_heads", "head_dim", "vocab_size"):
+        for key in ("n_kv_heads", "head_dim", "vocab_size", "sliding_window"):
             if getattr(self, key) is not None:
                 _require_positive_int(key, getattr(self, key))
         for key in ("norm_eps", "rope_theta"):
@@ -164,17 +167,17 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = SwiGLU(dim=config.dim, hidden_dim=config.ffn_hidden_dim)
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None) -> Tensor:
         """x: (B, T, dim) -> (B, T, dim)."""
-        x = x + self.attention(self.attention_norm(x), rotation, cache)
+        x = x + self.attention(self.attention_norm(x), rotation, attend, cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
     """Decoder-only language model (Touvron et al. 2023, arXiv:2307.09288).
 
-    Positions are 0 .. T-1, after those in the cache if there is one. Attention is causal, so tokens on the
-    right (padding) never change what stands left of them and need no mask.
+    Positions are 0 .. T-1, after those in the cache if there is one; in packed rows, of each document. Attention
+    is causal, so tokens on the right (padding) never change what stands left of them and need no mask.
     """
 
     def __init__(self, config: ModelConfig):
@@ -194,6 +197,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         loss: Loss | None = None,
         *,
+        doc_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits, or the loss when one is given.
@@ -205,6 +209,8 @@ class Transformer(nn.Module):
             tokens: (B, T) int64.
             targets: (B, T) int64, already shifted; needed with ``loss`` only.
             loss: called with hidden (B*T, dim), head weight (V, dim), targets (B*T,).
+            doc_ids: (B, T) int, for rows packed with documents: tokens see only those with the same id around
+                them, and positions begin at 0 in every document.
             cache: keys and values of earlier positions; T more are appended.
 
         Returns:
@@ -221,10 +227,16 @@ class Transformer(nn.Module):
                 f"a sequence of {end} tokens is longer than model.max_seq_len={self.config.max_seq_len}",
                 fix=f"seq_len={self.config.max_seq_len}",
             )
-        rotation = self.rotary(start, tokens.shape[1])
+        attend: Attend
+        if doc_ids is None:
+            rotation, attend = self.rotary(slice(start, end)), Causal(self.config.sliding_window)
+        else:
+            assert cache is None, "generation does not pack"
+            attend = Documents(doc_ids, self.config.sliding_window)
+            rotation = self.rotary(attend.positions)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotation) if cache is None else block(x, rotation, cache.layers[i])
+            x = block(x, rotation, attend) if cache is None else block(x, rotation, attend, cache.layers[i])
         hidden = self.norm(x)
         head_weight = self.embedding.weight if self.head is None else self.head.weight
         if loss is None:

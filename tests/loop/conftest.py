@@ -33,6 +33,7 @@ MODEL = ModelConfig(
     norm_eps=1e-5,
     rope_theta=10000.0,
     max_seq_len=128,
+    sliding_window=None,
     tie_embeddings=False,
     checkpoint=None,
 )

@@ -19,7 +19,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9], [7], [7, 9, 3]]
 def model():
     config = ModelConfig(
         dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=None, ffn_hidden_dim=48, vocab_size=61,
-        norm_eps=1e-5, rope_theta=10000.0, max_seq_len=48, tie_embeddings=False, checkpoint=None,
+        norm_eps=1e-5, rope_theta=10000.0, max_seq_len=48, sliding_window=None, tie_embeddings=False, checkpoint=None,
     )  # fmt: skip
     model = config.build()
     model.init_weights(0)

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ftlab.errors import ConfigError
+from ftlab.models.attention import Causal
 from ftlab.models.layers import Attention, KVCache, RotaryEmbedding, Rotation
 from ftlab.models.layouts import hf_names
 from ftlab.models.transformer import ModelConfig, Transformer
@@ -32,6 +33,7 @@ def small(**changes) -> ModelConfig:
     sizes = {
         "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": None, "ffn_hidden_dim": 48,
         "vocab_size": 61, "norm_eps": 1e-5, "rope_theta": 10000.0, "max_seq_len": 64,
+        "sliding_window": None,
         "tie_embeddings": False, "checkpoint": None,
     }  # fmt: skip
     return ModelConfig(**(sizes | changes))
@@ -302,9 +304,9 @@ def test_autocast_computes_in_bfloat16_and_stays_near_float32():
 
 def run_grouped_attention(device, dtype, backend):
     attention = Attention(dim=64, n_heads=4, n_kv_heads=2, head_dim=16).to(device, dtype)
-    rotation = RotaryEmbedding(16, 32, 10000.0).to(device)(0, 32)
+    rotation = RotaryEmbedding(16, 32, 10000.0).to(device)(slice(0, 32))
     with sdpa_kernel(backend):
-        attention(torch.randn(2, 32, 64, device=device, dtype=dtype), rotation).sum().backward()
+        attention(torch.randn(2, 32, 64, device=device, dtype=dtype), rotation, Causal(None)).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,6 +20,7 @@ def small(**changes) -> ModelConfig:
     sizes = {
         "dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": None, "ffn_hidden_dim": 96,
         "vocab_size": 60, "norm_eps": 1e-5, "rope_theta": 10000.0, "max_seq_len": 64,
+        "sliding_window": None,
         "tie_embeddings": False, "checkpoint": None,
     }  # fmt: skip
     return ModelConfig(**(sizes | changes))
