@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     verify.set_defaults(verb=_verify_parallel)
 
+    check = verbs.add_parser("check-data", help="what is wrong with the data, and what of it is trained")
+    check.add_argument("--out", type=Path, default=Path("outputs/check-data"), metavar="FOLDER")
+    check.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+    check.set_defaults(verb=_check_data)
+
     generate = verbs.add_parser("generate", help="ask the model of a finished run")
     generate.add_argument("run", type=Path, help="run folder, e.g. outputs/latest")
     generate.add_argument("prompt", help="the instruction; the run's own template is put around it")
@@ -79,6 +84,12 @@ def _verify_parallel(arguments: argparse.Namespace) -> int:
         )
     Console(width=max(Console().width, 120)).print(table)
     return 0 if all(one.within(tolerance) for one in deviations) else 1
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from ftlab.lab.check_data import check_data
+
+    return check_data(arguments.overrides, arguments.out)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -183,6 +183,7 @@ def _train(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team | N
     progress = run.state.progress
     folder.write_json("data_report.json", experiment.data.report)
     if worker.rank == 0:
+        (folder.path / "data_check.html").write_text(experiment.data.page(), encoding="utf-8")
         for warning in experiment.data.report["warnings"]:
             log.warning("data: %s", warning)
     folder.update(data_fingerprint=experiment.data.fingerprint, n_params=experiment.model_config.n_params())

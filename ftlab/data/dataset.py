@@ -30,6 +30,7 @@ from ftlab.data.problems import Problem, Refusal, check_allowed
 from ftlab.data.report import report_on
 from ftlab.data.samples import Packs, Samples
 from ftlab.data.shorten import TooLong
+from ftlab.data.show import N_EXAMPLES, as_html, examples, sample_html
 from ftlab.data.sources import Chunk, Source, open_source
 from ftlab.data.split import draw_validation
 from ftlab.data.store import Store, StoreWriter
@@ -255,6 +256,12 @@ class Dataset:
         """What made the samples' tokens."""
         return Encoder(tokenizer=self.tokenizer, template=self.template, train_on_input=self.train_on_input)
 
+    def page(self) -> str:
+        """What was found and three samples coloured by what is trained, as HTML."""
+        samples = self.train.samples if isinstance(self.train, Packs) else self.train
+        blocks = [sample_html(sample, self.tokenizer) for sample in examples(samples, N_EXAMPLES)]
+        return as_html(f"{self.source}: what is trained", self.report, self.findings, blocks)
+
     def _report(self, stores: Mapping[str, Store]) -> dict[str, Any]:
         store = stores["train"]
         parts = {part.name: report_on(part) for part in self.parts}
@@ -271,6 +278,7 @@ class Dataset:
             "duplicate_rows": len(digests) - len(np.unique(digests)),
             **{"seq_len": self.seq_len, "too_long": self.too_long, "train_on_input": self.train_on_input},
             "packing": packing,
+            "findings": [vars(finding) | {"rows": finding.rows[:100]} for finding in self.findings],
             "train": parts["train"],
             "validation": parts.get("validation"),
             "warnings": [line for name, part in parts.items() for line in self._warnings(name, part)],

@@ -16,11 +16,13 @@ from ftlab.errors import DataError
 __all__ = ["Finding", "Part", "find", "stop_or_tell"]
 
 _SHOWN_ROWS = 10
+_TOLD_OTHERWISE = ("pad_is_eos", "too_long", "eos_cut")  # a note, and what Dataset says with the policy's name
 
 _MARKED = {
     "all_masked": Mark.ALL_MASKED,
     "double_bos": Mark.DOUBLE_BOS,
     "double_template": Mark.DOUBLE_TEMPLATE,
+    "too_long": Mark.TOO_LONG,
     "eos_cut": Mark.EOS_CUT,
     "prompt_not_a_prefix": Mark.MERGED,
     "empty_output": Mark.EMPTY,
@@ -48,6 +50,8 @@ class Finding:
     example: str = ""
 
     def __str__(self) -> str:
+        if not self.n:
+            return KINDS[self.kind][1]
         what = f"{self.n} of {self.of} {self.part} rows".replace("  ", " ") if self.of else f"{self.n} rows"
         shown = ", ".join(map(str, self.rows[:_SHOWN_ROWS])) + (", …" if len(self.rows) > _SHOWN_ROWS else "")
         where = f" (row{'s' * (len(self.rows) > 1)} {shown})" if self.rows else ""
@@ -84,7 +88,7 @@ def stop_or_tell(findings: Sequence[Finding], allow: Sequence[str]) -> list[str]
         # The kinds as an override needs them: those allowed before stay so.
         allowed = ",".join([*allow, *kinds])
         raise DataError(f"{first}{more}\n  try: python -m ftlab check-data, or dataset.allow=[{allowed}]")
-    return [str(finding) for finding in findings if finding.kind != "pad_is_eos"]
+    return [str(finding) for finding in findings if finding.kind not in _TOLD_OTHERWISE]
 
 
 def _finding(kind: str, part: Part, rows: list[int]) -> Iterator[Finding]:
@@ -96,9 +100,8 @@ def _finding(kind: str, part: Part, rows: list[int]) -> Iterator[Finding]:
 def _marked(part: Part) -> Iterator[Finding]:
     for kind, mark in _MARKED.items():
         yield from _finding(kind, part, part.numbers(mark))
-    kept = part.rows & (part.store.row_marks & (Mark.ALL_MASKED | Mark.DROPPED | Mark.ANSWERLESS) == 0)
-    if kept.any() and not (part.store.row_marks[kept] & Mark.END_TRAINED).any():
-        yield from _finding("eos_never_trained", part, part.store.row_numbers[kept].tolist())
+    endless = part.store.row_marks & (Mark.END_TRAINED | Mark.ALL_MASKED | Mark.DROPPED | Mark.ANSWERLESS) == 0
+    yield from _finding("eos_never_trained", part, part.store.row_numbers[part.rows & endless].tolist())
 
 
 def _repeated(part: Part) -> Iterator[Finding]:

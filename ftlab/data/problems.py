@@ -19,7 +19,7 @@ KINDS: dict[str, tuple[float | None, str]] = {
     "broken_text": (0, "half a surrogate pair, which is no character"),
     "bad_conversation": (0, "messages that the template cannot render"),
     "all_masked": (0, "not one token is trained"),
-    "eos_never_trained": (0, "the token that ends an answer is never trained: the model would not learn to stop"),
+    "eos_never_trained": (0.5, "no token that ends an answer is trained: they do not teach the model to stop"),
     "double_bos": (0, "BOS twice at the start"),
     "double_template": (0.01, "a text already contains a prompt template's markers"),
     "in_train_and_validation": (0, "the same row is trained on and validated with"),
