@@ -52,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the files; default: the weights' own")
     export.set_defaults(verb=_export)
 
+    check = verbs.add_parser("check-data", help="what is wrong with the data, and what of it is trained")
+    check.add_argument("--out", type=Path, default=Path("outputs/check-data"), metavar="FOLDER")
+    check.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+    check.set_defaults(verb=_check_data)
+
     generate = verbs.add_parser("generate", help="ask the model of a finished run")
     generate.add_argument("run", type=Path, help="run folder, e.g. outputs/latest")
     generate.add_argument("prompt", help="the instruction; the run's own template is put around it")
@@ -117,6 +122,12 @@ def _export(arguments: argparse.Namespace) -> None:
     proof = export(arguments.run, arguments.out, arguments.dtype)
     print(f"{arguments.out}: read back; largest difference of a logit {proof.max_abs_diff:.3g}", end="")
     print(f" (logits up to {proof.max_abs_logit:.3g}), every tensor equal to the bit")
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from ftlab.lab.check_data import check_data
+
+    return check_data(arguments.overrides, arguments.out)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

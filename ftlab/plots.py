@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -140,3 +141,16 @@ def _canvas(title: str, y_label: str) -> tuple[Figure, Axes]:
     axes.spines["bottom"].set_color("#b9c0c8")
     axes.tick_params(colors=_GREY, length=0)
     return figure, axes
+
+
+def draw_lengths(report: Mapping[str, Any], path: Path) -> None:
+    """Write a histogram of the rows' lengths, as a data report has them, to ``path``."""
+    figure, axes = _canvas("Length of the rows", "rows")
+    axes.set_xlabel("tokens", color=_GREY)
+    for name, color in (("train", _BLUE), ("validation", _ORANGE)):
+        if part := report.get(name):
+            edges, counts = part["row_tokens_histogram"]["edges"], part["row_tokens_histogram"]["counts"]
+            axes.stairs(counts, edges, fill=True, alpha=0.6, color=color, label=name)
+    axes.axvline(report["seq_len"], color=_GREY, lw=1.0, ls=(0, (4, 3)), label=f"seq_len {report['seq_len']:,}")
+    axes.legend(loc="upper right", framealpha=0.85, edgecolor="none")
+    figure.savefig(path)

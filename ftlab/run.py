@@ -21,8 +21,9 @@ import torch
 
 from ftlab.config.build import build
 from ftlab.config.layers import leaves
+from ftlab.data.cache import cache_folder
+from ftlab.data.dataset import Dataset
 from ftlab.data.loader import BatchLoader, SampleSource
-from ftlab.data.sft import InstructDataset
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism, Strategy
 from ftlab.distributed.env import WorkerEnv, describe_device, keep_freed_memory, peak_flops
@@ -236,9 +237,11 @@ def _folder_of_rank_0(config: Config) -> RunFolder | None:
 # Where things are on a machine is its own affair; what is computed from them is not.
 _OF_THE_MACHINE = (
     "paths.output_dir",
+    "paths.cache_dir",
     "model.checkpoint",
     "tokenizer.path",
     "dataset.data_files",
+    "dataset.val_data_files",
     "parallelism.nproc_per_node",
 )
 
@@ -286,6 +289,7 @@ def _train(
     checkpointer.prepare()
     folder.write_json("data_report.json", experiment.data.report)
     if worker.rank == 0:
+        (folder.path / "data_check.html").write_text(experiment.data.page(), encoding="utf-8")
         for warning in experiment.data.report["warnings"]:
             log.warning("data: %s", warning)
     folder.update(data_fingerprint=experiment.data.fingerprint, n_params=experiment.model_config.n_params())
@@ -346,7 +350,7 @@ class Experiment:
     config: Config
     tokenizer: Tokenizer
     model_config: AnyModelConfig
-    data: InstructDataset
+    data: Dataset
     run: Run
 
     def checkpointer(self, folder: RunFolder, keep: CheckpointConfig, opened: Opened | None) -> Checkpointer:
@@ -426,13 +430,13 @@ def assemble(
         recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit_of(pretrained)})
     tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], config["model"]["checkpoint"], pretrained))
     model_config = with_vocabulary(model_config, pretrained, tokenizer, opened)
-    data: InstructDataset = build(
+    data: Dataset = build(
         config["dataset"],
         tokenizer=tokenizer,
         seq_len=config["seq_len"],
         seed=config["seed"],
         progress=recorder.progress,
-        share=team.share if team else None,
+        cache_dir=cache_folder(config["paths"]["cache_dir"]),
     )
     if team is not None and (fingerprint := team.from_first("data", data.fingerprint)) != data.fingerprint:
         raise DataError(f"dataset: this machine's samples ({data.fingerprint}) are not rank 0's ({fingerprint})")
@@ -464,6 +468,7 @@ def assemble(
         recorder.log,
         worker,
         global_batch_size=accumulate,
+        grouped=data.group_by_length,
     )
     if opened is not None and goes_on:
         opened.restore(run.state, run.parallel)
@@ -483,12 +488,15 @@ def assemble_run(
     log: Callable[[Mapping[str, float], int], None],
     worker: WorkerEnv,
     global_batch_size: int | None = None,
+    *,
+    grouped: bool = False,
 ) -> Run:
     """What the loop needs to train ``model_config`` on ``rows`` as ``config`` says.
 
     Args:
         fill: gives the parameters their values.
         global_batch_size: of a run that goes on, which fixes the order of its rows; null: the configuration's.
+        grouped: whether rows of like length share a micro-batch.
     """
     rng.seed(config["seed"])
     trainer: TrainerConfig = build(config["trainer"])
@@ -508,6 +516,7 @@ def assemble_run(
         dp_rank=parallel.dp_rank,
         dp_size=parallel.dp_size,
         pad_id=pad_id,
+        grouped=grouped,
     )
     model = build_model(model_config, fill, precision, parallel)
     optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
@@ -562,7 +571,7 @@ def with_vocabulary(
     return fitting
 
 
-def _same_inputs(opened: Opened, data: InstructDataset, tokenizer: Tokenizer) -> None:
+def _same_inputs(opened: Opened, data: Dataset, tokenizer: Tokenizer) -> None:
     """Refuse to go on with other rows or another tokenizer than the run was trained with."""
     now = {"dataset": data.fingerprint, "tokenizer": tokenizer.fingerprint}
     then = {"dataset": opened.told["data"], "tokenizer": opened.told["tokenizer"]}

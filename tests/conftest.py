@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,9 @@ import pytest
 # Before torch is imported: tiny tensors gain nothing from threads, and parallel test workers lose nine-fold to them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# No test finds what another version of the code left behind, and none leaves anything behind.
+os.environ.setdefault("FTLAB_CACHE_DIR", tempfile.mkdtemp(prefix="ftlab-test-cache-"))
+atexit.register(shutil.rmtree, os.environ["FTLAB_CACHE_DIR"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

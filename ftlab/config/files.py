@@ -14,7 +14,7 @@ from typing import Any
 from ftlab.config.rules import override
 from ftlab.errors import ConfigError
 
-_INPUTS = ("model.checkpoint", "tokenizer.path", "dataset.data_files")
+_INPUTS = ("model.checkpoint", "tokenizer.path", "dataset.data_files", "dataset.val_data_files")
 
 
 def missing_inputs(values: Mapping[str, Any]) -> Iterator[ConfigError]:
@@ -25,7 +25,7 @@ def missing_inputs(values: Mapping[str, Any]) -> Iterator[ConfigError]:
     reported: set[str] = set()
     for key in _INPUTS:
         for path in _paths(values.get(key)):
-            must_exist = key == "dataset.data_files" or path.startswith(("/", ".", "~"))
+            must_exist = key.endswith("data_files") or path.startswith(("/", ".", "~"))
             if must_exist and path not in reported and not _exists(path):
                 reported.add(path)  # tokenizer.path follows model.checkpoint: say it once
                 tried = Path(path).expanduser().absolute()

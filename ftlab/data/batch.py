@@ -1,4 +1,4 @@
-"""Samples, and the padded batches that the model is given."""
+"""Samples, and the padded or packed batches that the model is given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Sample:
     """One tokenised row.
 
     Attributes:
-        tokens: (T,) int32, BOS and EOS included.
+        tokens: (T,) whole numbers, BOS and EOS included.
         trained: (T,) bool, the tokens that the model is taught to predict. The first token never is:
             nothing comes before it.
         sample_id: row number in the source, counted from 0.
@@ -29,8 +29,21 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Pack:
+    """Several samples in one row, none of which may see another.
+
+    Attributes:
+        samples: at least one.
+        length: tokens of the row, at least as many as the samples have: equal for all packs, so that shapes stay.
+    """
+
+    samples: Sequence[Sample]
+    length: int
+
+
+@dataclass(frozen=True)
 class Batch:
-    """A micro-batch, padded on the right to its longest sample.
+    """A micro-batch: one sample a row, padded on the right to the longest, or packed rows of equal length.
 
     Padding on the right needs no attention mask under causal attention: no real token comes after it.
 
@@ -42,6 +55,8 @@ class Batch:
         sample_ids: row number in the source of each sample; empty for a batch without samples.
         lengths: real tokens of each sample, padding not counted.
         n_targets: targets that count in the loss.
+        doc_ids: (B, T) int64 in packed batches: the number of each token's sample in its row, padding having one of
+            its own; None where every row is one sample.
 
     The counts are host integers taken when the batch is made: asking the device would block on it.
     """
@@ -51,6 +66,7 @@ class Batch:
     sample_ids: list[int]
     lengths: list[int]
     n_targets: int
+    doc_ids: Tensor | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -60,14 +76,17 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; on CUDA the copy overlaps with work already queued there."""
         device = torch.device(device)
-        if device.type == "cuda":  # only a copy from pinned memory is asynchronous
-            tokens, targets = self.tokens.pin_memory(), self.targets.pin_memory()
-        else:
-            tokens, targets = self.tokens, self.targets
+
+        def moved(tensor: Tensor) -> Tensor:
+            # Only a copy from pinned memory is asynchronous.
+            source = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+            return source.to(device, non_blocking=True)
+
         return replace(
             self,
-            tokens=tokens.to(device, non_blocking=True),
-            targets=targets.to(device, non_blocking=True),
+            tokens=moved(self.tokens),
+            targets=moved(self.targets),
+            doc_ids=None if self.doc_ids is None else moved(self.doc_ids),
         )
 
     @classmethod
@@ -82,24 +101,35 @@ class Batch:
         )
 
 
-def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Pad ``samples`` on the right and shift their targets.
+def collate(rows: Sequence[Sample | Pack], pad_id: int) -> Batch:
+    """Pad ``rows`` on the right and shift their targets.
 
     Args:
-        samples: at least one, none of them empty.
+        rows: at least one, none of them empty; all samples, or all packs.
         pad_id: any valid token id; it is never a target and no real token can attend to it.
     """
-    shape = (len(samples), max(len(sample.tokens) for sample in samples))
-    tokens = np.full(shape, pad_id, dtype=np.int64)
-    targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-    for row, sample in enumerate(samples):
-        n = len(sample.tokens)
-        tokens[row, :n] = sample.tokens
-        targets[row, : n - 1] = np.where(sample.trained[1:], sample.tokens[1:], IGNORE_INDEX)
+    packed = any(isinstance(row, Pack) for row in rows)
+    samples_of = [row.samples if isinstance(row, Pack) else [row] for row in rows]
+    width = max(row.length if isinstance(row, Pack) else len(row.tokens) for row in rows)
+    tokens = np.full((len(rows), width), pad_id, dtype=np.int64)
+    targets = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+    doc_ids = np.zeros((len(rows), width), dtype=np.int64)
+    for row, samples in enumerate(samples_of):
+        start = 0
+        for number, sample in enumerate(samples):
+            end = start + len(sample.tokens)
+            tokens[row, start:end] = sample.tokens
+            # The last token of a sample predicts nothing, least of all the first of the next.
+            targets[row, start : end - 1] = np.where(sample.trained[1:], tokens[row, start + 1 : end], IGNORE_INDEX)
+            doc_ids[row, start:end] = number
+            start = end
+        doc_ids[row, start:] = len(samples)
+    samples = [sample for row in samples_of for sample in row]
     return Batch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         sample_ids=[sample.sample_id for sample in samples],
         lengths=[len(sample.tokens) for sample in samples],
         n_targets=int((targets != IGNORE_INDEX).sum()),
+        doc_ids=torch.from_numpy(doc_ids) if packed else None,
     )

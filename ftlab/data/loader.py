@@ -7,29 +7,19 @@ from typing import Protocol
 
 import numpy as np
 
-from ftlab.data.batch import Batch, Sample, collate
-
-
-def permutation(n: int, seed: int, *path: int) -> np.ndarray:
-    """A permutation of ``range(n)`` that depends on nothing but its arguments.
-
-    ``RandomState`` over ``MT19937`` and ``SeedSequence`` are the parts of NumPy whose streams are frozen
-    (NEP 19): a run resumed years later, on another machine and another version, sees the same order.
-
-    Args:
-        seed: any non-negative integer, 0 included.
-        path: further non-negative integers; each path gives an independent order, e.g. one per epoch.
-    """
-    sequence = np.random.SeedSequence(entropy=seed, spawn_key=path)
-    return np.random.RandomState(np.random.MT19937(sequence)).permutation(n)
+from ftlab.data.batch import Batch, Pack, Sample, collate
+from ftlab.data.order import group_by_length, permutation
 
 
 class SampleSource(Protocol):
-    """What a loader draws from."""
+    """What a loader draws from: a row is a sample or a pack of them.
+
+    It may have an ``order(epoch, seed, shuffle=...)`` of its own, as a mixture does, and the ``lengths`` of its rows.
+    """
 
     def __len__(self) -> int: ...
 
-    def sample(self, index: int) -> Sample: ...
+    def sample(self, index: int) -> Sample | Pack: ...
 
 
 class BatchLoader:
@@ -47,6 +37,7 @@ class BatchLoader:
         seed: what the order is drawn from, together with the epoch.
         dp_rank: this data-parallel rank, of ``dp_size``.
         pad_id: token id that fills the short rows of a batch.
+        grouped: bring rows of like length into the same step (``order.group_by_length``); padding is then rare.
     """
 
     def __init__(
@@ -60,6 +51,7 @@ class BatchLoader:
         dp_rank: int,
         dp_size: int,
         pad_id: int,
+        grouped: bool = False,
     ):
         self.dataset = dataset
         self.batch_size = batch_size
@@ -67,6 +59,7 @@ class BatchLoader:
         self.shuffle, self.seed = shuffle, seed
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_id = pad_id
+        self.grouped = grouped
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,7 +69,14 @@ class BatchLoader:
     def order(self, epoch: int) -> np.ndarray:
         """(n,) the dataset's indices in the order of ``epoch``, the same on every rank."""
         n = len(self.dataset)
-        return permutation(n, self.seed, epoch) if self.shuffle else np.arange(n)
+        if hasattr(self.dataset, "order"):
+            order: np.ndarray = self.dataset.order(epoch, self.seed, shuffle=self.shuffle)
+        else:
+            order = permutation(n, self.seed, epoch) if self.shuffle else np.arange(n)
+        if self.grouped:
+            lengths: np.ndarray = getattr(self.dataset, "lengths")  # noqa: B009 - not every source can be grouped
+            order = group_by_length(order, lengths, self.global_batch_size, self.seed, epoch)
+        return order
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of this rank, one list per optimizer step, from ``start_step`` of ``epoch`` on.

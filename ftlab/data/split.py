@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-
 import numpy as np
-import pyarrow as pa
 
-from ftlab.data.loader import permutation
+from ftlab.data.order import permutation
 from ftlab.errors import ConfigError
-
-_CHUNK_ROWS = 10_000  # rows held as Python objects at a time
 
 
 def draw_validation(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -43,14 +37,3 @@ def draw_validation(digests: np.ndarray, fraction: float, seed: int) -> np.ndarr
             "dataset.val_fraction=0",
         )
     return np.isin(group_of_row, order[:n_groups])
-
-
-def row_digests(table: pa.Table) -> np.ndarray:
-    """(n,) uint64, a hash of each row's instruction, input and output."""
-    texts = table.select([name for name in ("instruction", "input", "output") if name in table.column_names])
-    digests = array("Q")
-    for batch in texts.to_batches(max_chunksize=_CHUNK_ROWS):
-        for row in zip(*batch.to_pydict().values(), strict=True):
-            digest = hashlib.blake2b(repr(row).encode("utf-8"), digest_size=8).digest()
-            digests.append(int.from_bytes(digest, "little"))
-    return np.asarray(digests, dtype=np.uint64)

@@ -8,10 +8,11 @@ Some families are easy (a day of the week), some hard for so small a model (the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from itertools import permutations, product
 from typing import NamedTuple
 
-from ftlab.data.loader import permutation
+from ftlab.data.order import permutation
 
 
 class TinyRow(NamedTuple):
@@ -108,6 +109,7 @@ _FAMILIES = (
 )
 
 
+@cache
 def tiny_rows() -> tuple[list[TinyRow], list[TinyRow]]:
     """The training and the validation rows, the same on every machine.
 

@@ -10,6 +10,8 @@ import torch
 import yaml
 
 from ftlab.config.build import build
+from ftlab.data.encode import Encoder
+from ftlab.data.formats import Message
 from ftlab.data.templates import Template
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.env import pick_device
@@ -36,11 +38,12 @@ def ask(folder: Path, instruction: str, *, input: str, on_text: Callable[[str], 
     config, export = _read(folder)
     tokenizer: Tokenizer = build(_beside(config["tokenizer"], export))
     template: Template = build(config["dataset"]["template"])
+    encoder = Encoder(tokenizer=tokenizer, template=template, train_on_input=False)
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(config["device"]))
     model = build_model(as_exported(build(config["model"]), export), weights_in(export), precision, parallel)
     text = TextStream(tokenizer, on_text)
-    prompt = tokenizer.encode(template.render(instruction, input), bos=True, eos=False)
+    prompt = encoder.prompt([Message("user", instruction, False, input)])
     with torch.no_grad(), precision.autocast(parallel.device):
         generate(model, [prompt], eos_id=tokenizer.eos_id, on_token=lambda _, token: text.add(token), **sampling)
     return text.close()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ftlab.data.loader import BatchLoader
-from ftlab.data.sft import SFTDataset
+from ftlab.data.samples import JoinedSamples, Samples
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
@@ -60,7 +60,7 @@ class Evaluator:
     """
 
     config: EvaluationConfig
-    validation: SFTDataset
+    validation: Samples | JoinedSamples
     tokenizer: Tokenizer
     loss: Loss
     on_samples: Callable[[list[Sample], int], None]

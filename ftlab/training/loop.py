@@ -166,7 +166,9 @@ def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
         parallel.sync_gradients(state.model, enabled=i == len(micro_batches) - 1)
         batch = batch.to(parallel.device)
         with run.precision.autocast(parallel.device):
-            nll_sum = state.model(batch.tokens, batch.targets, run.loss)  # the head's weight is touched only in here
+            nll_sum = state.model(
+                batch.tokens, batch.targets, run.loss, doc_ids=batch.doc_ids
+            )  # the head's weight is touched only in here
         run.clock.enter("backward")
         # Data parallelism averages gradients over ranks; times dp_size makes it the sum that is divided once, globally.
         state.scaler.scale(nll_sum * (parallel.dp_size / n_targets)).backward()

@@ -1,133 +1,322 @@
-"""Chat templates: the same ids as transformers, text that stays text, and a sandbox that holds."""
+"""Every template gives the ids and the mask that transformers gives for the family's own Jinja template.
 
-from __future__ import annotations
+The tokenizers are trained on the spot, each with its family's control tokens; the Jinja templates are the families'
+published formats, with ``{% generation %}`` around what the model has to write, from which transformers tells a mask.
+"""
 
+import json
+import tempfile
+from functools import cache
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ftlab.data.tokenizers import HuggingFaceTokenizer
-from ftlab.data.tokenizers.chat import render_chat
-from ftlab.errors import ConfigError, DataError
-from tests.unit.hf_tokenizers import KINDS, save_kind
+from ftlab.data.encode import Encoder
+from ftlab.data.formats import Chat, Message
+from ftlab.data.jinja_template import JinjaTemplate
+from ftlab.data.problems import BadRow
+from ftlab.data.templates import (
+    ChatMLTemplate,
+    GemmaTemplate,
+    Llama2ChatTemplate,
+    Llama3Template,
+    MistralTemplate,
+    PhiTemplate,
+)
+from ftlab.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
+from ftlab.errors import ConfigError
+from tests.unit.hf_tokenizers import KINDS
 
-transformers = pytest.importorskip("transformers")
+_SYSTEM_FIRST = "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set spoken = messages[1:] %}{% else %}{% set system = none %}{% set spoken = messages %}{% endif %}"  # noqa: E501
+_ANSWER = "{% generation %}%s{% endgeneration %}"
 
-SPELLED = {"qwen": "<|im_end|>", "llama3": "<|eot_id|>", "llama2": "</s>", "mistral": "</s>"}
-content = st.text(st.characters(exclude_categories=["Cs", "Co"], exclude_characters="<"), min_size=1, max_size=30)
-chats = st.lists(st.tuples(content, content), min_size=1, max_size=3).map(
-    lambda turns: [
-        message
-        for question, answer in turns
-        for message in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA2 = _SYSTEM_FIRST + (
+    "{% for m in spoken %}{% if loop.index0 == 0 and system is not none %}"
+    "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m['content'] %}{% else %}"
+    "{% set content = m['content'] %}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% else %}{% generation %}"
+    "{{ ' ' + content.strip() + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+MISTRAL = (
+    "{{ bos_token }}"
+    + _SYSTEM_FIRST
+    + (
+        "{% for m in spoken %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
+        "{% if loop.index0 == 0 and system is not none %}{{ system + '\n\n' }}{% endif %}"
+        "{{ m['content'] + ' [/INST]' }}{% else %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+        "{% endif %}{% endfor %}"
+    )
+)
+GEMMA = (
+    "{{ bos_token }}"
+    + _SYSTEM_FIRST
+    + (
+        "{% for m in spoken %}{% if m['role'] == 'assistant' %}{{ '<start_of_turn>model\n' }}{% generation %}"
+        "{{ m['content'] | trim + '<end_of_turn>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+        "{{ '<start_of_turn>user\n' }}{% if loop.index0 == 0 and system is not none %}{{ system + '\n\n' }}{% endif %}"
+        "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    )
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+# Template, the kind of tokenizer that the family has, control tokens beside the kind's own, Jinja.
+FAMILIES = {
+    "chatml": (ChatMLTemplate, "qwen", [], CHATML),
+    "llama3": (Llama3Template, "llama3", [], LLAMA3),
+    "llama2": (Llama2ChatTemplate, "llama2", [], LLAMA2),
+    "llama2_first": (Llama2ChatTemplate, "mistral", [], LLAMA2),
+    "mistral": (MistralTemplate, "mistral", [], MISTRAL),
+    "mistral_control": (MistralTemplate, "mistral", ["[INST]", "[/INST]"], MISTRAL),
+    "gemma": (GemmaTemplate, "llama2", ["<start_of_turn>", "<end_of_turn>"], GEMMA),
+    "phi": (PhiTemplate, "qwen", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], PHI),
+    "phi_strips": (PhiTemplate, "llama2", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], PHI),
+}
+
+
+@cache
+def family(name):
+    """The family's template, our tokenizer and transformers'."""
+    template, kind, specials, jinja = FAMILIES[name]
+    build, config = KINDS[kind]
+    tokenizer = build()
+    strips = name == "phi_strips"  # as Phi-3's own tokenizer: a role swallows the newline after it
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, rstrip=strips) for token in specials])
+    folder = tempfile.mkdtemp(prefix="ftlab-chat-")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **config | {"chat_template": jinja}).save_pretrained(folder)
+    ours = HuggingFaceTokenizer(path=folder, added_tokens=[], added_special_tokens=[])
+    return template(), ours, AutoTokenizer.from_pretrained(folder)
+
+
+words = st.sampled_from(
+    [
+        *("the", "model", " text", "  ", "\n", "\n\n", "12", "a", "naïve", "漢字", "🙂", "\t", "it's", ":", "!", ""),
+        "Zażółć",
     ]
+)
+content = st.lists(words, max_size=8).map("".join)
+conversations = st.builds(
+    lambda system, turns, last: (
+        ([{"role": "system", "content": system}] if system is not None else [])
+        + [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        + ([{"role": "user", "content": last}] if last is not None else [])
+    ),
+    st.none() | content,
+    st.lists(st.tuples(content, content), min_size=1, max_size=4),
+    st.none() | content,
 )
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def kind(request, tmp_path_factory):
-    folder = save_kind(request.param, tmp_path_factory.mktemp(request.param))
-    ours = HuggingFaceTokenizer(path=str(folder), added_tokens=[], added_special_tokens=[])
-    return ours, transformers.AutoTokenizer.from_pretrained(folder), request.param
+def encoded(template, tokenizer, messages, train_on_input=False):
+    encoder = Encoder(tokenizer=tokenizer, template=template, train_on_input=train_on_input)
+    return encoder([encoder.render(Chat(last_turn_only=False).conversation({"messages": messages}))])
 
 
-@pytest.mark.parametrize("add_generation_prompt", [False, True])
-def test_ids_equal_those_of_apply_chat_template(kind, add_generation_prompt):
-    ours, theirs, _ = kind
+def oracle(reference, messages):
+    """Ids and mask as transformers has them."""
+    out = reference.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    return out["input_ids"], out["assistant_masks"]
+
+
+def comparable(name, messages):
+    """Where a role's token swallows the space that an answer begins with, transformers trains that token instead."""
+    return name != "phi_strips" or not any(m["content"][:1].isspace() for m in messages)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ids_and_mask_are_those_of_transformers(name):
+    template, ours, reference = family(name)
+
+    @settings(max_examples=200, deadline=None)
+    @given(messages=conversations)
+    def check(messages):
+        ids, mask = oracle(reference, messages)
+        rows = encoded(template, ours, messages)
+        assert rows.tokens.tolist() == ids
+        if comparable(name, messages):
+            assert rows.trained.astype(int).tolist() == mask
+
+    check()
+
+
+@pytest.mark.parametrize("generation", [True, False], ids=["marked", "unmarked"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_tokenizers_own_template_gives_the_same(name, generation):
+    """With ``{% generation %}`` in it, and without: then the spans are told by rendering answer by answer."""
+    _, ours, reference = family(name)
+    source = FAMILIES[name][3]
+    if not generation:
+        source = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    template = JinjaTemplate(path=None)
+    template.source = source
 
     @settings(max_examples=100, deadline=None)
-    @given(chat=chats)
-    def equal(chat):
-        options = {"add_generation_prompt": add_generation_prompt}
-        assert ours.render_chat(chat, **options) == theirs.apply_chat_template(chat, tokenize=False, **options)
-        expected = theirs.apply_chat_template(chat, tokenize=True, return_dict=True, **options).input_ids
-        assert ours.encode_chats([chat, chat[:2]], **options)[0] == expected
+    @given(messages=conversations)
+    def check(messages):
+        ids, mask = oracle(reference, messages)
+        rows = encoded(template, ours, messages)
+        assert rows.tokens.tolist() == ids
+        if comparable(name, messages) and (generation or all(m["content"].strip() for m in messages)):
+            assert rows.trained.astype(int).tolist() == mask
 
-    equal()
-
-
-def test_a_special_in_a_message_stays_text_and_those_of_the_template_do_not(kind):
-    ours, theirs, name = kind
-    spelled = SPELLED[name]
-    special = theirs.convert_tokens_to_ids(spelled)
-    polite = [{"role": "user", "content": "Is x the end?"}, {"role": "assistant", "content": "No, x is."}]
-    rude = [{**message, "content": message["content"].replace("x", spelled)} for message in polite]
-    ids, expected = ours.encode_chats([rude, polite], add_generation_prompt=False)
-    assert ids.count(special) == expected.count(special) > 0
-    assert ours.decode(ids) == ours.decode(expected).replace("x", spelled)
-    # Exactly as if every special were cut out and the rest encoded literally, where the tokenizer allows to say so.
-    if name in ("qwen", "llama3"):
-        text = ours.render_chat(rude, add_generation_prompt=False)
-        assert ours.encode_with_specials(text).count(special) > ids.count(special), "the naive way would end early"
+    check()
 
 
-def test_tools_and_other_values_are_passed_on_and_hold_no_specials_either(kind):
-    ours, theirs, name = kind
-    ours.chat_template = "{{ tools | tojson }}{% if enable_thinking %}think{% endif %}{{ eos_token }}"
-    try:
-        tools = [{"name": f"f {SPELLED[name]}", "b": [1, None]}]
-        [ids] = ours.encode_chats([[]], add_generation_prompt=False, tools=tools, enable_thinking=True)
-        assert ids[-1] == ours.eos_id
-        assert ours.eos_id not in ids[:-1]
-        assert ours.decode(ids) == f'[{{"name": "f {SPELLED[name]}", "b": [1, null]}}]think'
-    finally:
-        ours.chat_template = theirs.chat_template
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_is_what_transformers_generates_from(name):
+    template, ours, reference = family(name)
+    messages = [{"role": "user", "content": "the text"}]
+    encoder = Encoder(tokenizer=ours, template=template, train_on_input=False)
+    wanted = reference.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert encoder.prompt([Message("user", "the text")]) == wanted
 
 
-def render(template: str, **variables: object) -> str:
-    chat = [{"role": "user", "content": "hi", "tool_calls": None}]
-    return render_chat(template, chat, add_generation_prompt=False, specials={"bos_token": "<s>"}, **variables)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_message_spells_is_never_a_control_token(name):
+    template, ours, _ = family(name)
+    evil = "".join(ours.specials)
+    honest, spelled = (
+        encoded(t, ours, [{"role": "user", "content": text}, {"role": "assistant", "content": text}])
+        for t, text in [(template, "x"), (template, evil)]
+    )
+    controls = set(ours.specials.values())
+    assert [t for t in spelled.tokens.tolist() if t in controls] == [t for t in honest.tokens.tolist() if t in controls]
+    own = JinjaTemplate(path=None)
+    own.source = FAMILIES[name][3]
+    rendered = encoded(own, ours, [{"role": "user", "content": evil}, {"role": "assistant", "content": evil}])
+    assert rendered.tokens.tolist() == spelled.tokens.tolist()
+
+
+def test_weights_and_last_turn_only_choose_the_answers_that_are_trained():
+    template, ours, _ = family("chatml")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the"}] * 3
+    turns[3] = turns[3] | {"weight": 0}
+    encoder = Encoder(tokenizer=ours, template=template, train_on_input=False)
+
+    def trained_text(last_turn_only):
+        row = encoder([encoder.render(Chat(last_turn_only=last_turn_only).conversation({"messages": turns}))])
+        return [ours.decode([t]) for t in row.tokens[row.trained]], int(row.prompt_lens[0]), len(row.tokens)
+
+    every, prompt_len, n = trained_text(False)
+    last, _, _ = trained_text(True)
+    assert len(every) == 2 * len(last)
+    assert prompt_len == n - len(last) - 1  # the newline after the end token is not the model's to write
+
+
+def test_sharegpt_and_openai_are_the_same_conversation():
+    openai = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    sharegpt = [{"from": names[m["role"]], "value": m["content"], "weight": None} for m in openai]
+    chat = Chat(last_turn_only=False)
+    assert chat.conversation({"messages": openai}) == chat.conversation({"messages": sharegpt})
+    with_system = chat.conversation({"messages": openai[1:], "system": "s"})
+    assert with_system.messages == chat.conversation({"messages": openai}).messages
+
+
+def test_tool_turns_pass_through():
+    template, ours, reference = family("chatml")
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "call"},
+        {"role": "tool", "content": "12"},
+        {"role": "assistant", "content": "it's 12"},
+    ]
+    assert encoded(template, ours, messages).tokens.tolist() == oracle(reference, messages)[0]
+    call = [{"type": "function", "function": {"name": "weather", "arguments": {"place": "here"}}}]
+    with_call = [messages[0], {"role": "assistant", "content": None, "tool_calls": call}, *messages[2:]]
+    own = JinjaTemplate(path=None)
+    own.source = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"  # noqa: E501
+    row = encoded(own, ours, with_call)
+    assert '"place": "here"' in ours.decode(row.tokens.tolist())
+    assert json.dumps(call) in ours.decode(row.tokens[row.trained].tolist())
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("entry", "said"),
     [
-        "{{ ''.__class__ }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.__init__.__globals__ }}",
-        "{{ raise_exception.__globals__['json'] }}",
-        "{{ strftime_now.__code__ }}",
-        "{{ self.__init__ }}",
-        "{{ cycler.__init__.__globals__.os.system('touch canary') }}",
-        "{{ messages | map(attribute='__class__') | list }}",
-        "{{ '{0.__class__}'.format(messages) }}",
-        "{% set ns = namespace(__class__=1) %}",
-        "{% set ns = namespace() %}{% set ns._x = 1 %}",
-        "{{ messages.append({}) }}",
-        "{{ messages[0].update(role='system') }}",
-        "{{ lipsum.__globals__ }}",
-        "{{ (messages|attr('__class__')) }}",
+        ("text", "must be an object with role and content"),
+        ({"role": "pirate", "content": "arr"}, "has the role 'pirate'"),
+        ({"role": "user", "content": 5}, "must be text, but is int"),
+        ({"role": "user"}, "must be text, but is NoneType"),
+        ({"role": "user", "content": "x", "weight": 0.5}, "must be 0 or 1, but is 0.5"),
+        ({"role": "user", "content": "\ud83d"}, "half a surrogate pair"),
     ],
 )
-def test_an_attempt_to_leave_the_sandbox_is_stopped_and_said(template, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="its chat template does what a template must not") as caught:
-        render(template)
-    assert len(str(caught.value).splitlines()) <= 3
-    assert list(tmp_path.iterdir()) == []
+def test_a_message_that_cannot_be_used_says_why(entry, said):
+    with pytest.raises(BadRow, match="message 0") as caught:
+        Chat(last_turn_only=False).conversation({"messages": [entry]})
+    assert said in caught.value.problem
 
 
-def test_the_helpers_that_published_templates_use_are_there():
-    assert (
-        render("{{ strftime_now('%Y') | length }}{% for m in messages %}{{ m.content }}{% break %}{% endfor %}")
-        == "4hi"
+@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma"])
+def test_roles_out_of_turn_are_refused_where_the_family_refuses_them(name):
+    template, ours, _ = family(name)
+    for roles in (["assistant"], ["user", "user"], ["user", "assistant", "tool"]):
+        with pytest.raises(BadRow, match="where this template wants"):
+            encoded(template, ours, [{"role": role, "content": "x"} for role in roles])
+
+
+def test_a_template_without_its_control_tokens_is_refused():
+    tokenizer = SentencePieceTokenizer(path="tiny")
+    with pytest.raises(ConfigError, match=r"ChatMLTemplate needs the token <\|im_start\|>"):
+        encoded(ChatMLTemplate(), tokenizer, [{"role": "user", "content": "x"}])
+    with pytest.raises(ConfigError, match="came without a chat template"):
+        Encoder(tokenizer=tokenizer, template=JinjaTemplate(path=None), train_on_input=False)
+
+
+def test_a_template_that_rewrites_the_past_can_train_its_last_turn():
+    """As Qwen3's, which drops the thoughts of earlier turns."""
+    _, ours, _ = family("chatml")
+    own = JinjaTemplate(path=None)
+    own.source = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('|')[-1] }}{% else %}"
+        "{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    assert render("{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{{ ns.n }}{{ '<é>' | tojson }}") == '2"<é>"'
-    assert render("{% generation %}{{ bos_token }}{% endgeneration %}{{ 'tool_calls' in messages[0] }}") == "<s>False"
+    messages = [
+        {"role": r, "content": c}
+        for r, c in [("user", "a"), ("assistant", "t|the"), ("user", "b"), ("assistant", "t|model")]
+    ]
+    encoder = Encoder(tokenizer=ours, template=own, train_on_input=False)
+    row = encoder([encoder.render(Chat(last_turn_only=True).conversation({"messages": messages}))])
+    assert ours.decode(row.tokens[row.trained].tolist()) == "t|model"
+    assert isinstance(row.trained, np.ndarray)
 
 
-def test_a_template_that_refuses_the_messages_is_heard():
-    with pytest.raises(DataError, match="roles must alternate"):
-        render("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigError, match="no valid Jinja: line 1"):
-        render("{% if %}")
-
-
-def test_a_tokenizer_without_template_says_so(kind):
-    ours, theirs, _ = kind
-    ours.chat_template = None
-    try:
-        with pytest.raises(ConfigError, match="has no chat template"):
-            ours.encode_chats([[{"role": "user", "content": "hi"}]], add_generation_prompt=False)
-    finally:
-        ours.chat_template = theirs.chat_template
+def test_the_tokens_of_llama_2_chat_are_those_of_metas_own_code(shared_data):
+    """Meta encodes each exchange by itself with SentencePiece, BOS before and EOS after it."""
+    llama2 = SentencePieceTokenizer(path=str(shared_data / "llama2_tokenizer.model"))
+    turns = [("2+2?", "4"), ("  And\n3+3? ", "6, naïve 漢字"), ("x", "y")]
+    messages = [m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    wanted = []
+    for question, answer in turns:
+        wanted += llama2.encode(f"[INST] {question.strip()} [/INST] {answer.strip()} ", bos=True, eos=True)
+    assert encoded(Llama2ChatTemplate(), llama2, messages).tokens.tolist() == wanted

@@ -139,6 +139,12 @@ class HuggingFaceTokenizer:
         return {token.content: i for i, token in self._hf.get_added_tokens_decoder().items() if token.special}
 
     @cached_property
+    def strips_after(self) -> frozenset[str]:
+        """Special tokens that swallow the spaces and newlines after them, as Phi-3's do."""
+        added = self._hf.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special and token.rstrip)
+
+    @cached_property
     def token_bytes(self) -> np.ndarray | None:
         """See ``Tokenizer``; known for tokens that are bytes, and for words whose spaces are shown as "▁"."""
         decoder = self._hf.decoder.__getstate__() if self._hf.decoder is not None else b""

@@ -8,7 +8,6 @@ Exported with a ``tokenizer.json`` of our own making, because transformers 5 reb
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as HFTokenizer
 
+from ftlab.data.cores import n_cores
 from ftlab.data.tokenizers.base import TOKENIZER_JSON, begin_with_bos, save_for_transformers
 from ftlab.data.tokenizers.chat import read_chat_template
 from ftlab.data.tokenizers.files import KEY, MODEL_FILE, find_file, read_bytes
@@ -63,7 +63,7 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, bos: bool, eos: bool) -> list[list[int]]:
         """``encode`` over many texts, on all the cores this process may use."""
-        return self._processor.encode(list(texts), add_bos=bos, add_eos=eos, num_threads=_n_cores())
+        return self._processor.encode(list(texts), add_bos=bos, add_eos=eos, num_threads=n_cores())
 
     def encode_after_special(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` over many texts: a word begins after a control piece as it does at the beginning."""
@@ -177,8 +177,3 @@ def as_hf(spec: Any) -> HFTokenizer:
     )
     begin_with_bos(tokenizer, names["bos_token"])
     return tokenizer
-
-
-def _n_cores() -> int:
-    """Cores this process may run on, which in a container or under Slurm are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

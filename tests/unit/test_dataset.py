@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from ftlab import IGNORE_INDEX
 from ftlab.data.batch import collate
-from ftlab.data.sft import AlpacaDataset, InstructDataset, common_prefix_len
+from ftlab.data.dataset import AlpacaDataset, Dataset
+from ftlab.data.formats import Instruct, Message
 from ftlab.data.split import draw_validation
-from ftlab.data.templates import AlpacaTemplate
+from ftlab.data.templates import BOS, EOS, AlpacaTemplate, Part, StanfordAlpacaTemplate, control
 from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from ftlab.errors import ConfigError, DataError
 
@@ -20,28 +21,25 @@ from ftlab.errors import ConfigError, DataError
 class PlainTemplate:
     """A prompt short enough to count its bytes."""
 
-    def render(self, instruction, input):
-        return f"{instruction}{input}:"
-
-
-class StanfordTemplate(AlpacaTemplate):
-    """Alpaca's prompt without the newline at its end, as in Stanford's own training script."""
-
-    def render(self, instruction, input):
-        return super().render(instruction, input).removesuffix("\n")
+    def parts(self, conversation):
+        question, answer = conversation.messages
+        prompt = f"{question.content}{question.context}:"
+        return [control(BOS), Part(prompt, 0), Part(answer.content, 1), control(EOS, 1)]
 
 
 @pytest.fixture
 def make(tmp_path):
     """A dataset over the given rows; bytes as tokens, so that lengths can be counted by hand."""
 
-    def make_(rows, cls=InstructDataset, **changes):
+    def make_(rows, cls=Dataset, **changes):
         file = tmp_path / "rows.json"
         file.write_text(json.dumps([{"input": ""} | row for row in rows]))
         values = {
             "source": "json",
             "data_files": str(file),
-            "split": "train",
+            **{"split": "train", "subset": None, "revision": None, "val_split": None, "val_data_files": None},
+            **{"filter": None, "format": Instruct(), "group_by_length": False, "packing": "none", "allow": []},
+            "cache_dir": tmp_path / "cache",
             "column_map": {"instruction": "instruction", "input": "input", "output": "output", "family": None},
             "template": PlainTemplate(),
             "train_on_input": False,
@@ -135,9 +133,9 @@ def test_on_all_real_rows_the_tokens_are_those_of_the_whole_text_with_bos_and_eo
 
 
 def test_a_token_that_merges_prompt_and_answer_is_trained_and_counted(alpaca, alpaca_rows, llama2):
-    dataset = alpaca(template=StanfordTemplate())
+    dataset = alpaca(template=StanfordAlpacaTemplate())
     assert dataset.report["train"]["merged_boundary_rows"] == 57
-    template = StanfordTemplate()
+    template = StanfordAlpacaTemplate()
     for i, row in enumerate(alpaca_rows):
         prompt = template.render(row["instruction"], row["input"])
         tokens, prompt_len = dataset.train.tokens(i), dataset.train.prompt_len(i)
@@ -145,20 +143,12 @@ def test_a_token_that_merges_prompt_and_answer_is_trained_and_counted(alpaca, al
         assert len(llama2.decode(tokens[: prompt_len + 1])) > len(prompt) or not row["output"]
 
 
-@pytest.mark.parametrize(
-    ("prompt_ids", "ids", "expected"),
-    [([1, 5], [1, 5, 7, 2], 2), ([1, 5], [1, 9, 2], 1), ([1, 5, 6], [1, 5], 2), ([1, 5], [1, 5, 2], 2)],
-)
-def test_the_common_prefix_ends_where_the_tokens_part(prompt_ids, ids, expected):
-    assert common_prefix_len(prompt_ids, ids) == expected
-
-
 def test_an_empty_output_is_kept_and_counted(make):
     dataset = make([{"instruction": "q", "output": ""}, *rows(1)])
     assert len(dataset.train) == 2
     assert dataset.report["train"]["empty_output_rows"] == 1
     assert dataset.train.sample(0).trained.tolist() == [False, False, False, True]  # BOS q : EOS
-    assert dataset.report["warnings"] == ["1 of 2 train rows with an empty output: kept, they teach to say nothing"]
+    assert dataset.report["warnings"] == ["1 of 2 train rows: an empty answer: it teaches to say nothing (row 0)"]
 
 
 def test_evaluation_gets_prompt_answer_and_family(make):
@@ -177,7 +167,7 @@ def test_an_answer_keeps_its_first_space_with_sentencepiece_too(make):
 
 def test_render_prompt_is_what_the_samples_were_made_with(make):
     dataset = make(rows(1), template=AlpacaTemplate(), seq_len=256)
-    assert ByteTokenizer().decode(dataset.train.prompt_tokens(0)) == dataset.render_prompt("q0")
+    assert dataset.train.prompt_tokens(0) == dataset.encoder().prompt([Message("user", "q0")])
 
 
 # ---- too long --------------------------------------------------------------------------------------------
@@ -223,7 +213,7 @@ def test_a_row_whose_answer_is_cut_away_wholly_is_dropped(make, too_long, seq_le
     dataset = make([LONG, {"instruction": "", "output": "a"}], seq_len=seq_len, too_long=too_long)
     assert [dataset.train.sample_id(i) for i in range(len(dataset.train))] == [1]
     assert dataset.report["train"]["dropped_without_answer_rows"] == 1
-    assert make([LONG], seq_len=seq_len, too_long=too_long, train_on_input=True).train.sample(0).trained.all()
+    assert make([LONG], seq_len=seq_len, too_long=too_long, train_on_input=True).train.trained(0)[1:].all()
 
 
 def test_with_no_row_left_the_counts_per_filter_are_told(make):
@@ -324,8 +314,9 @@ def test_the_progress_bar_reaches_its_total(make):
         seen.append((name, total))
         yield lambda n: seen.append(n)
 
-    make(rows(50), val_fraction=0.1, progress=progress)
-    assert seen == [("tokenising", 50), 45, 5]
+    dataset = make([], source="tiny", data_files=None, val_fraction=None, seq_len=512, progress=progress)
+    assert seen[0] == ("tokenising train, rows", 2840)
+    assert sum(n for n in seen if isinstance(n, int)) == len(dataset.train) + len(dataset.validation)
 
 
 def test_use_clean_is_told_in_the_report(make):
@@ -333,10 +324,19 @@ def test_use_clean_is_told_in_the_report(make):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("too_long", "cut"), ("val_fraction", 1.0), ("val_fraction", -0.1), ("max_samples", 0)]
+    ("key", "value"),
+    [("too_long", "cut"), ("val_fraction", 1.0), ("val_fraction", -0.1), ("max_samples", 0), ("packing", "x")],
 )
 def test_a_value_out_of_range_names_its_key(make, key, value):
     with pytest.raises(ConfigError) as caught:
         make(rows(2), **{key: value})
     assert caught.value.key == f"dataset.{key}"
     assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", ""), ("a.json", "[]"), ("a.csv", ""), ("a.csv", "a,b\n")])
+def test_files_without_rows_are_refused(make, tmp_path, name, content):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(DataError, match=r"a\.\w+ holds no rows"):
+        make([], source=file.suffix[1:], data_files=str(file))

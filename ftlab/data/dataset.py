@@ -1,0 +1,409 @@
+"""A set for fine-tuning: rows → conversations → tokens and mask → arrays on disk → samples, or packs of them.
+
+``Dataset`` is what a ``conf/dataset`` option describes. The steps are in rooms of their own: ``sources`` (rows),
+``formats`` (conversations), ``templates`` and ``encode`` (tokens and mask), ``tokenise`` (many of them), ``store`` and
+``cache`` (arrays on disk), ``split``, ``packing``, ``samples`` (what training and evaluation are handed), ``gate``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from ftlab.data.cache import cached, key_of
+from ftlab.data.cores import n_cores
+from ftlab.data.encode import Encoder
+from ftlab.data.filters import Filter
+from ftlab.data.formats import Format, Message
+from ftlab.data.gate import Finding, Part, find, stop_or_tell
+from ftlab.data.packing import Packing, Plan, plan_packs
+from ftlab.data.problems import Problem, Refusal, check_allowed
+from ftlab.data.report import report_on
+from ftlab.data.samples import Packs, Samples
+from ftlab.data.shorten import TooLong
+from ftlab.data.show import N_EXAMPLES, as_html, examples, sample_html
+from ftlab.data.sources import Chunk, Source, open_source
+from ftlab.data.split import draw_validation
+from ftlab.data.store import Store, StoreWriter
+from ftlab.data.templates import Template
+from ftlab.data.tokenise import Recipe, mapped_columns, tokenise
+from ftlab.data.tokenizers import Tokenizer
+from ftlab.errors import ConfigError, DataError
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
+
+_WORTH_PROCESSES = 1 << 25  # bytes of rows above which starting processes costs less than they save
+
+
+@dataclass(kw_only=True, eq=False)
+class Dataset:
+    """Rows of one source as training and validation samples (``dataset`` in the config).
+
+    Attributes:
+        source, data_files, split, subset, revision: where the rows are, see ``sources.open_source``.
+        val_split, val_data_files: where validation rows of the source's own are, with a null ``val_fraction``.
+        column_map: the set's column for each field of the format; null for one that it does not have.
+        filter: an expression over a row's columns; rows for which it is false are left out. Null keeps all.
+        format: makes conversations of rows.
+        template: renders conversations.
+        train_on_input: whether everything is trained; false: what the assistant says, and the token that ends it.
+        shuffle: whether training draws a new order each epoch (the loader's business, like ``group_by_length``).
+        group_by_length: whether rows of like length come in the same step, where they are not packed.
+        packing: whether several samples share a row of ``seq_len`` tokens, see ``packing.plan_packs``.
+        val_fraction: share of the rows held out, equal rows staying on one side; 0 for none; null for the
+            validation rows that the source brings.
+        max_samples: use only the first so many rows of the source; null for all.
+        too_long: what becomes of a row of more than ``seq_len`` tokens, see ``shorten.shorten``.
+        allow: kinds of problems (``problems.BLOCKING``) that do not stop the run.
+        tokenizer, seq_len, seed: given at run time.
+        cache_dir: where tokenised rows are kept.
+        progress: shows a bar while rows are tokenised; null is silent.
+        inspecting: collect all problems instead of stopping at them (``check-data``).
+        train, validation: the samples; no validation is null.
+        report: counts, token statistics and fingerprints, and ``warnings`` to show to the user.
+        findings: what the gate found.
+
+    Raises:
+        ConfigError, DataError: whatever is wrong with values or rows.
+    """
+
+    source: str
+    data_files: str | Sequence[str] | None
+    split: str
+    subset: str | None
+    revision: str | None
+    val_split: str | None
+    val_data_files: str | Sequence[str] | None
+    column_map: Mapping[str, str | None]
+    filter: str | None
+    format: Format
+    template: Template
+    train_on_input: bool
+    shuffle: bool
+    group_by_length: bool
+    packing: Packing
+    val_fraction: float | None
+    max_samples: int | None
+    too_long: TooLong
+    allow: Sequence[str]
+    tokenizer: Tokenizer
+    seq_len: int
+    seed: int
+    cache_dir: Path
+    progress: Progress | None
+    inspecting: bool = False
+    first_id: int = 0
+    train: Samples | Packs = field(init=False)
+    validation: Samples | None = field(init=False)
+    report: dict[str, Any] = field(init=False)
+    findings: list[Finding] = field(init=False)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        train, own_validation = self._open_sources()
+        stores = {"train": self._tokenised(train, "train")}
+        if own_validation is not None:
+            stores["validation"] = self._tokenised(own_validation, "validation")
+        self.parts = self._parts(stores)
+        samples = {part.name: self._samples(part) for part in self.parts}
+        self.n_rows = stores["train"].facts["rows_read"]
+        self.validation = samples.get("validation")
+        self.train = samples["train"] if self.packing == "none" else self._packed(samples["train"])
+        problems = [Problem(**problem) for store in stores.values() for problem in store.facts["problems"]]
+        self.findings = find(self.parts, problems, self.tokenizer)
+        self.report = self._report(stores)
+        self.fingerprint = self.report["fingerprints"]["dataset"]
+        if not self.inspecting:
+            self.report["warnings"] += stop_or_tell(self.findings, self.allow)
+
+    # ---- rows to arrays
+
+    def _open_sources(self) -> tuple[Source, Source | None]:
+        """The source of the training rows, and the one of validation rows that the set brings."""
+        common: dict[str, Any] = {
+            **{"source": self.source, "subset": self.subset, "revision": self.revision, "cache_dir": self.cache_dir}
+        }
+        train = open_source(**common, split=self.split, data_files=self.data_files)
+        if self.val_fraction is not None:
+            return train, None
+        val_split = "validation" if self.source == "tiny" else self.val_split
+        if val_split is None and self.val_data_files is None:
+            raise ConfigError(
+                "dataset.val_fraction",
+                f"is null, but dataset.source={self.source} brings no validation rows of its own",
+                "dataset.val_fraction=0.05",
+            )
+        return train, open_source(**common, split=val_split, data_files=self.val_data_files)
+
+    def _tokenised(self, source: Source, name: str) -> Store:
+        """The arrays of a source's rows, from the cache or made now."""
+        limit = self.max_samples if name == "train" else None
+        allow = ["*"] if self.inspecting else sorted(self.allow)
+        made_of = {
+            "code": _code_of(self.format, self.template, self.tokenizer),
+            "rows": source.fingerprint(),
+            "options": [self.filter, limit, self.seq_len, self.too_long, self.train_on_input, allow],
+            "columns": mapped_columns(self.format, self.column_map),
+            "tokenizer": self.tokenizer.fingerprint,
+            "format": _state_of(self.format),
+            "template": _state_of(self.template),
+        }
+        return Store(
+            cached(self.cache_dir, "rows", key_of(made_of), lambda folder: self._write(source, name, limit, folder))
+        )
+
+    def _write(self, source: Source, name: str, limit: int | None, folder: Path) -> None:
+        recipe = Recipe(
+            format=self.format,
+            column_map=self.column_map,
+            template=self.template,
+            tokenizer=self.tokenizer,
+            train_on_input=self.train_on_input,
+            seq_len=self.seq_len,
+            too_long=self.too_long,
+        )
+        refusal = Refusal(self.allow, goes_on=self.inspecting)
+        reader = _Reader(self.filter, limit, recipe)
+        size, unit = source.size()
+        n_workers = n_cores() if size * (1 if unit == "rows" else 1024) >= _WORTH_PROCESSES else 0
+        label = f"tokenising {name}, {unit}" if size else f"tokenising {name}"
+        bar = self.progress(label, size) if self.progress else nullcontext(lambda _: None)
+        with StoreWriter(folder, self.tokenizer.vocab_size) as writer, bar as advance:
+            told = 0
+            for chunk in tokenise(reader.chunks(source, refusal), recipe, writer, refusal, n_workers):
+                advance(chunk.done - told)
+                told = chunk.done
+            advance(size - told)
+            if reader.n_read == 0:
+                raise DataError(f"dataset: source={self.source} data_files={self.data_files} holds no rows")
+            problems = [vars(problem) for problem in refusal.problems]
+            writer.finish(rows_read=reader.n_read, filtered_rows=reader.n_filtered, problems=problems)
+
+    # ---- arrays to samples
+
+    def _parts(self, stores: Mapping[str, Store]) -> list[Part]:
+        """Which rows are trained on, and which validated with."""
+        store = stores["train"]
+        everything = np.ones(len(store.row_numbers), dtype=bool)
+        if not everything.any():
+            counts = [f"{store.facts['filtered_rows']} by dataset.filter"]
+            counts += [f"{n} as {kind}" for kind, n in _counted(store.facts["problems"]).items()]
+            raise DataError(f"dataset: none of {store.facts['rows_read']} rows is left: {', '.join(counts)} left out")
+        if "validation" in stores:
+            own = stores["validation"]
+            return [
+                Part("train", store, everything),
+                Part("validation", own, np.ones(len(own.row_numbers), dtype=bool)),
+            ]
+        assert self.val_fraction is not None
+        held_out = draw_validation(store.row_digests, self.val_fraction, self.seed)
+        parts = [Part("train", store, ~held_out), Part("validation", store, held_out)]
+        return [part for part in parts if part.rows.any()]
+
+    def _samples(self, part: Part) -> Samples:
+        self._refuse_unusable(part)
+        picks = np.flatnonzero(part.rows[part.store.sample_rows])
+        return Samples(part.store, picks, self.tokenizer, self.first_id)
+
+    def _packed(self, samples: Samples) -> Packs:
+        def write(folder: Path) -> None:
+            plan = plan_packs(samples.lengths, self.seq_len, self.packing)
+            np.save(folder / "documents.npy", plan.documents)
+            np.save(folder / "ends.npy", plan.ends)
+
+        key = key_of([samples.fingerprint(), self.seq_len, self.packing, _code_of()])
+        folder = cached(self.cache_dir, "packs", key, write)
+        plan = Plan(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in Plan._fields))
+        return Packs(samples, plan, self.seq_len)
+
+    def _refuse_unusable(self, part: Part) -> None:
+        """Raise DataError if a row is too long under ``too_long=error``, or if no row is left."""
+        report = report_on(part)
+        longest = report["max_row_tokens"]
+        rows = f"{report['rows']} {part.name} rows"
+        if report["too_long_rows"] and self.too_long == "error" and not self.inspecting:
+            row = int(part.store.row_numbers[part.rows][np.argmax(part.store.row_tokens[part.rows])])
+            raise DataError(
+                f"dataset.too_long: {report['too_long_rows']} of {rows} have more than seq_len={self.seq_len} tokens, "
+                f"the longest {longest} (row {row}), and too_long=error\n"
+                f"  try: seq_len={longest}, or dataset.too_long=truncate"
+            )
+        if not report["samples"]:
+            raise DataError(
+                f"dataset: none of {rows} is left: {report['dropped_too_long_rows']} dropped as longer than "
+                f"seq_len={self.seq_len}, {report['dropped_without_answer_rows']} dropped because truncation left "
+                f"nothing of their answer, {report['all_masked_rows']} without a trained token\n"
+                f"  try: seq_len={longest}"
+            )
+
+    # ---- what is said about it
+
+    def render_prompt(self, instruction: str, input: str = "") -> list[int]:
+        """The tokens that the model was taught to answer."""
+        return self.encoder().prompt([Message("user", instruction, False, input)])
+
+    def encoder(self) -> Encoder:
+        """What made the samples' tokens."""
+        return Encoder(tokenizer=self.tokenizer, template=self.template, train_on_input=self.train_on_input)
+
+    def page(self) -> str:
+        """What was found and three samples coloured by what is trained, as HTML."""
+        samples = self.train.samples if isinstance(self.train, Packs) else self.train
+        blocks = [sample_html(sample, self.tokenizer) for sample in examples(samples, N_EXAMPLES)]
+        return as_html(f"{self.source}: what is trained", self.report, self.findings, blocks)
+
+    def _report(self, stores: Mapping[str, Store]) -> dict[str, Any]:
+        store = stores["train"]
+        parts = {part.name: report_on(part) for part in self.parts}
+        digests = store.row_digests
+        fingerprints = "".join(part.fingerprint() for part in (self.train, self.validation) if part is not None)
+        packing: dict[str, Any] = {"kind": self.packing}
+        if isinstance(self.train, Packs):
+            packing |= {"packs": len(self.train), "efficiency": round(self.train.efficiency(), 6)}
+        return {
+            **{"source": self.source, "data_files": self.data_files, "split": self.split, "revision": self.revision},
+            "rows": store.facts["rows_read"],
+            "filtered_rows": store.facts["filtered_rows"],
+            "left_out_rows": _counted(store.facts["problems"]),
+            "duplicate_rows": len(digests) - len(np.unique(digests)),
+            **{"seq_len": self.seq_len, "too_long": self.too_long, "train_on_input": self.train_on_input},
+            "packing": packing,
+            "findings": [vars(finding) | {"rows": finding.rows[:100]} for finding in self.findings],
+            "train": parts["train"],
+            "validation": parts.get("validation"),
+            "warnings": [line for name, part in parts.items() for line in self._warnings(name, part)],
+            "fingerprints": {
+                "rows": hashlib.sha256(digests.tobytes()).hexdigest(),
+                "tokenizer": self.tokenizer.fingerprint,
+                "dataset": hashlib.sha256(fingerprints.encode()).hexdigest(),
+            },
+        }
+
+    def _warnings(self, name: str, report: dict[str, Any]) -> list[str]:
+        """What ``too_long`` did; everything else is the gate's to say."""
+        fate = {
+            "truncate": "cut, their EOS too",
+            "truncate_keep_eos": "cut, the EOS put back",
+            "truncate_left": "cut at their start",
+            "split": "split into several samples",
+        }.get(self.too_long, "dropped")
+        told = {
+            "too_long_rows": f"longer than seq_len={self.seq_len} tokens (longest {report['max_row_tokens']}): {fate}",
+            "dropped_without_answer_rows": "dropped, because cutting left nothing of their answer",
+        }
+        return [f"{report[key]} of {report['rows']} {name} rows {what}" for key, what in told.items() if report[key]]
+
+    def _check_values(self) -> None:
+        for name, kind in (("too_long", TooLong), ("packing", Packing)):
+            if getattr(self, name) not in get_args(kind):
+                choices = get_args(kind)
+                problem = f"{getattr(self, name)!r} is none of {', '.join(choices)}"
+                raise ConfigError(f"dataset.{name}", problem, f"dataset.{name}={choices[0]}")
+        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
+            raise ConfigError(
+                "dataset.val_fraction", f"{self.val_fraction} is not in [0, 1)", "dataset.val_fraction=0.05"
+            )
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ConfigError(
+                "dataset.max_samples",
+                f"{self.max_samples} is less than 1; null uses all",
+                "dataset.max_samples=null",
+            )
+        if self.seq_len < 2:
+            raise ConfigError("seq_len", f"{self.seq_len} leaves no token to predict another from", "seq_len=512")
+        check_allowed(self.allow)
+
+
+@dataclass(kw_only=True, eq=False)
+class AlpacaDataset(Dataset):
+    """The Alpaca set in one of its two editions.
+
+    Attributes:
+        use_clean: the cleaned edition instead of Stanford's. In the config ``dataset.source`` follows from it
+            unless it is given, as for a local copy; the report then still says which edition that was.
+    """
+
+    use_clean: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.report["use_clean"] = self.use_clean
+
+
+class _Reader:
+    """Reads what is needed of a source, and counts what it leaves out."""
+
+    def __init__(self, expression: str | None, limit: int | None, recipe: Recipe):
+        self._filter = Filter(expression) if expression is not None else None
+        self._limit = limit
+        mapped = mapped_columns(recipe.format, recipe.column_map).values()
+        self._columns = sorted({*mapped, *(self._filter.names if self._filter else ())})
+        self._whole = hasattr(recipe.format, "regroup")
+        self.n_read = self.n_filtered = 0
+
+    def chunks(self, source: Source, refusal: Refusal) -> Iterator[Chunk]:
+        """The rows that are kept; at most ``limit`` are read."""
+        found = self._kept(source, refusal)
+        # A format that puts rows together needs to see them all: a group may go over the end of a chunk.
+        yield from [_joined(list(found))] if self._whole else found
+
+    def _kept(self, source: Source, refusal: Refusal) -> Iterator[Chunk]:
+        def refuse(problem: Problem) -> None:
+            self.n_read += 1
+            refusal(problem)
+
+        for chunk in source.chunks(self._columns, refuse):
+            rows = chunk.rows
+            if self._limit is not None:
+                rows = rows[: self._limit - self.n_read]
+            self.n_read += len(rows)
+            if self._filter is not None:
+                kept = [(n, row) for n, row in rows if self._filter.keeps(row, f"row {n} of {chunk.where}")]
+                self.n_filtered += len(rows) - len(kept)
+                rows = kept
+            if rows:
+                yield chunk._replace(rows=rows)
+            if self._limit is not None and self.n_read >= self._limit:
+                return
+
+
+def _joined(chunks: Sequence[Chunk]) -> Chunk:
+    if not chunks:
+        return Chunk("", [], 0)
+    return Chunk(chunks[0].where, [row for chunk in chunks for row in chunk.rows], chunks[-1].done)
+
+
+def _counted(problems: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    kinds = [problem["kind"] for problem in problems]
+    return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+
+
+def _state_of(thing: Any) -> list[Any]:
+    """Class and attributes of a format or template, as far as they decide what it does."""
+    state = thing.fingerprint if hasattr(thing, "fingerprint") else sorted((k, repr(v)) for k, v in vars(thing).items())
+    return [type(thing).__module__, type(thing).__qualname__, state]
+
+
+def _code_of(*things: Any) -> str:
+    """A digest of the code that makes samples: that of this package, and that of classes from elsewhere."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    for thing in things:
+        module = sys.modules[type(thing).__module__]
+        if (source := inspect.getsourcefile(module)) is not None:
+            files.append(Path(source))
+    return _digest_of(tuple(files))
+
+
+@cache
+def _digest_of(files: tuple[Path, ...]) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,0 +1,129 @@
+"""What is wrong with the data, found before it costs a run; some of it stops the run unless it is allowed by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ftlab.data.problems import BLOCKING, KINDS, Problem
+from ftlab.data.report import Part
+from ftlab.data.store import Mark
+from ftlab.data.tokenizers import Tokenizer
+from ftlab.errors import DataError
+
+__all__ = ["Finding", "Part", "find", "stop_or_tell"]
+
+_SHOWN_ROWS = 10
+_TOLD_OTHERWISE = ("pad_is_eos", "too_long", "eos_cut")  # a note, and what Dataset says with the policy's name
+
+_MARKED = {
+    "all_masked": Mark.ALL_MASKED,
+    "double_bos": Mark.DOUBLE_BOS,
+    "double_template": Mark.DOUBLE_TEMPLATE,
+    "too_long": Mark.TOO_LONG,
+    "eos_cut": Mark.EOS_CUT,
+    "prompt_not_a_prefix": Mark.MERGED,
+    "empty_output": Mark.EMPTY,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of problem in one part of the rows.
+
+    Attributes:
+        part: ``train`` or ``validation``; empty for rows that never got so far.
+        rows: their numbers in the source, as far as they have one.
+        n: how many there are, of ``of``.
+        stops: whether a run may not begin with this, unless its kind is allowed.
+        example: a message about one of them, where there is one.
+    """
+
+    kind: str
+    part: str
+    rows: list[int]
+    n: int
+    of: int
+    stops: bool
+    example: str = ""
+
+    def __str__(self) -> str:
+        if not self.n:
+            return KINDS[self.kind][1]
+        what = f"{self.n} of {self.of} {self.part} rows".replace("  ", " ") if self.of else f"{self.n} rows"
+        shown = ", ".join(map(str, self.rows[:_SHOWN_ROWS])) + (", …" if len(self.rows) > _SHOWN_ROWS else "")
+        where = f" (row{'s' * (len(self.rows) > 1)} {shown})" if self.rows else ""
+        return f"{what}: {KINDS[self.kind][1]}{where}"
+
+
+def find(parts: Sequence[Part], problems: Sequence[Problem], tokenizer: Tokenizer) -> list[Finding]:
+    """All that is wrong with the rows.
+
+    Args:
+        problems: of rows that could not be read; those that are left were allowed, or are to be collected.
+    """
+    found = list(_unreadable(problems))
+    for part in parts:
+        found += _marked(part)
+        found += _repeated(part)
+    found += _on_both_sides(parts)
+    if tokenizer.pad_id == tokenizer.eos_id:
+        found.append(Finding("pad_is_eos", "", [], 0, 0, False))
+    return found
+
+
+def stop_or_tell(findings: Sequence[Finding], allow: Sequence[str]) -> list[str]:
+    """The findings as warnings.
+
+    Raises:
+        DataError: for those that stop a run and are not allowed.
+    """
+    stopping = [finding for finding in findings if finding.stops and finding.kind not in allow]
+    if stopping:
+        kinds = list(dict.fromkeys(finding.kind for finding in stopping))
+        first = stopping[0].example or f"dataset: {stopping[0]}"
+        more = f" (and {', '.join(kinds[1:])})" if kinds[1:] else ""
+        # The kinds as an override needs them: those allowed before stay so.
+        allowed = ",".join([*allow, *kinds])
+        raise DataError(f"{first}{more}\n  try: python -m ftlab check-data, or dataset.allow=[{allowed}]")
+    return [str(finding) for finding in findings if finding.kind not in _TOLD_OTHERWISE]
+
+
+def _finding(kind: str, part: Part, rows: list[int]) -> Iterator[Finding]:
+    if rows:
+        limit, of = KINDS[kind][0], int(part.rows.sum())
+        yield Finding(kind, part.name, rows, len(rows), of, limit is not None and len(rows) > limit * of)
+
+
+def _marked(part: Part) -> Iterator[Finding]:
+    for kind, mark in _MARKED.items():
+        yield from _finding(kind, part, part.numbers(mark))
+    endless = part.store.row_marks & (Mark.END_TRAINED | Mark.ALL_MASKED | Mark.DROPPED | Mark.ANSWERLESS) == 0
+    yield from _finding("eos_never_trained", part, part.store.row_numbers[part.rows & endless].tolist())
+
+
+def _repeated(part: Part) -> Iterator[Finding]:
+    digests = part.store.row_digests[part.rows]
+    _, first = np.unique(digests, return_index=True)
+    again = np.ones(len(digests), dtype=bool)
+    again[first] = False
+    yield from _finding("duplicate", part, part.store.row_numbers[part.rows][again].tolist())
+
+
+def _on_both_sides(parts: Sequence[Part]) -> Iterator[Finding]:
+    if len(parts) == 2:
+        train, validation = parts
+        known = train.store.row_digests[train.rows]
+        both = np.isin(validation.store.row_digests[validation.rows], known)
+        yield from _finding(
+            "in_train_and_validation", validation, validation.store.row_numbers[validation.rows][both].tolist()
+        )
+
+
+def _unreadable(problems: Sequence[Problem]) -> Iterator[Finding]:
+    for kind in dict.fromkeys(problem.kind for problem in problems):
+        of_kind = [problem for problem in problems if problem.kind == kind]
+        rows = [problem.row for problem in of_kind if problem.row is not None]
+        yield Finding(kind, "", rows, len(of_kind), 0, kind in BLOCKING, of_kind[0].message)

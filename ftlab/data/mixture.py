@@ -1,0 +1,149 @@
+"""Several sets as one, in given shares."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftlab.data.dataset import Dataset, Progress
+from ftlab.data.encode import Encoder
+from ftlab.data.gate import Finding
+from ftlab.data.order import shares
+from ftlab.data.samples import JoinedSamples, MixedRows, Packs
+from ftlab.data.show import as_html, examples, sample_html
+from ftlab.data.tokenizers import Tokenizer
+from ftlab.errors import ConfigError
+
+
+@dataclass(kw_only=True, eq=False)
+class Mixture:
+    """Rows of several sets, each with options of its own (``dataset=mixture``).
+
+    An epoch takes ``epoch_rows`` rows (packs, where sets are packed) in the proportion of the weights. Each set is gone
+    through once before any of its rows comes again, and goes on in an epoch where the one before left it.
+
+    Attributes:
+        sets: name to set; every one an option of ``dataset``, without what arrives at run time.
+        weights: name to weight, any positive numbers.
+        epoch_rows: rows of an epoch; null: as many as all sets have together.
+        shuffle, group_by_length: see ``Dataset``; those of the sets themselves are not looked at.
+        source: what the mixture is called.
+        train, validation, report, findings, fingerprint: see ``Dataset``.
+
+    Raises:
+        ConfigError, DataError: whatever is wrong with one of the sets, naming it.
+    """
+
+    source: str
+    sets: Mapping[str, Callable[..., Dataset]]
+    weights: Mapping[str, float]
+    epoch_rows: int | None
+    shuffle: bool
+    group_by_length: bool
+    tokenizer: Tokenizer
+    seq_len: int
+    seed: int
+    cache_dir: Path
+    progress: Progress | None
+    inspecting: bool = False
+    train: MixedRows = field(init=False)
+    validation: JoinedSamples | None = field(init=False)
+    report: dict[str, Any] = field(init=False)
+    findings: list[Finding] = field(init=False)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        self.datasets: dict[str, Dataset] = {}
+        first_id = 0
+        for name, make in self.sets.items():
+            made = make(
+                tokenizer=self.tokenizer,
+                seq_len=self.seq_len,
+                seed=self.seed,
+                cache_dir=self.cache_dir,
+                progress=self.progress,
+                inspecting=self.inspecting,
+                first_id=first_id,
+            )
+            self.datasets[name] = made
+            first_id += made.n_rows
+        sets = list(self.datasets.values())
+        packed = [isinstance(made.train, Packs) for made in sets]
+        if any(packed) and not all(packed):
+            problem = "some sets are packed and some are not: rows of both kinds cannot be in one batch"
+            raise ConfigError("dataset.sets", problem, "the same packing for all of them")
+        total = self.epoch_rows or sum(len(made.train) for made in sets)
+        counts = shares([self.weights[name] for name in self.datasets], total)
+        self.train = MixedRows([made.train for made in sets], counts.tolist())
+        held_out = [made.validation for made in sets if made.validation is not None]
+        self.validation = JoinedSamples(held_out) if held_out else None
+        self.findings = [finding for made in sets for finding in made.findings]
+        self.report = self._report(counts.tolist())
+        self.fingerprint = self.report["fingerprints"]["dataset"]
+
+    @property
+    def allow(self) -> list[str]:
+        """What any of the sets allows."""
+        return sorted({kind for made in self.datasets.values() for kind in made.allow})
+
+    def encoder(self) -> Encoder:
+        """That of the first set."""
+        return next(iter(self.datasets.values())).encoder()
+
+    def page(self) -> str:
+        """What was found and samples of every set, as HTML."""
+        blocks = []
+        for made in self.datasets.values():
+            samples = made.train.samples if isinstance(made.train, Packs) else made.train
+            blocks += [sample_html(sample, self.tokenizer) for sample in examples(samples, 1)]
+        return as_html(f"{self.source}: what is trained", self.report, self.findings, blocks)
+
+    def _report(self, counts: list[int]) -> dict[str, Any]:
+        reports = {name: made.report for name, made in self.datasets.items()}
+        fingerprints = [self.train.fingerprint(), self.validation.fingerprint() if self.validation else ""]
+        return {
+            "source": self.source,
+            "rows": sum(report["rows"] for report in reports.values()),
+            "seq_len": self.seq_len,
+            "sets": {
+                name: {
+                    "weight": self.weights[name],
+                    "share": round(count / sum(counts), 6),
+                    "rows_per_epoch": count,
+                    "passes_per_epoch": round(count / len(made.train), 6),
+                    "report": reports[name],
+                }
+                for (name, made), count in zip(self.datasets.items(), counts, strict=True)
+            },
+            "train": _sum_of([report["train"] for report in reports.values()]),
+            "validation": _sum_of([report["validation"] for report in reports.values() if report["validation"]]),
+            "warnings": [f"{name}: {warning}" for name, report in reports.items() for warning in report["warnings"]],
+            "fingerprints": {
+                "tokenizer": self.tokenizer.fingerprint,
+                "dataset": hashlib.sha256(" ".join(fingerprints).encode()).hexdigest(),
+            },
+        }
+
+    def _check_values(self) -> None:
+        if not self.sets:
+            raise ConfigError("dataset.sets", "a mixture needs at least one set", "dataset=instruct")
+        if set(self.weights) != set(self.sets):
+            problem = f"has {', '.join(self.weights) or 'nothing'}, but the sets are {', '.join(self.sets)}"
+            raise ConfigError("dataset.weights", problem, "a weight for each set")
+        for name, weight in self.weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+                raise ConfigError(f"dataset.weights.{name}", f"{weight!r} is not a number above 0", "1.0")
+
+
+def _sum_of(reports: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The numbers of several parts together."""
+    if not reports:
+        return None
+    added = ("rows", "samples", "tokens", "target_tokens")
+    return {name: sum(report[name] for report in reports) for name in added} | {
+        "max_row_tokens": max(report["max_row_tokens"] for report in reports)
+    }

@@ -1,0 +1,85 @@
+"""Look at the data of a configuration before anything is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from ftlab.config.build import build
+from ftlab.config.check import compose_config
+from ftlab.data.cache import cache_folder
+from ftlab.data.dataset import Dataset
+from ftlab.data.samples import Packs
+from ftlab.data.show import N_EXAMPLES, examples, shown
+from ftlab.data.tokenizers import Tokenizer
+from ftlab.models.hub import resolve_checkpoint
+from ftlab.plots import draw_lengths
+from ftlab.run import beside_checkpoint
+
+
+def check_data(overrides: Sequence[str], folder: Path) -> int:
+    """Tell what is wrong with the data, show three samples, and write both into ``folder`` with a plot of lengths.
+
+    Returns:
+        The exit code: 0, or 2 when something would stop a run.
+
+    Raises:
+        ConfigError, DataError: for data that cannot be read at all.
+    """
+    config = compose_config(overrides)
+    named = config["model"]["checkpoint"]
+    # Only where the tokenizer is looked for beside the model's weights are these needed.
+    checkpoint = resolve_checkpoint(named) if named and config["tokenizer"].get("path") == named else None
+    tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], named, checkpoint))
+    data: Dataset = build(
+        config["dataset"],
+        tokenizer=tokenizer,
+        seq_len=config["seq_len"],
+        seed=config["seed"] or 0,
+        cache_dir=cache_folder(config["paths"]["cache_dir"]),
+        progress=None,
+        inspecting=True,
+    )
+    console = Console(highlight=False)
+    stopping = _tell(console, data)
+    samples = data.train.samples if isinstance(data.train, Packs) else data.train
+    for sample in examples(samples, N_EXAMPLES):
+        console.print(f"\n[bold]row {sample.sample_id}[/], {len(sample.tokens)} tokens, green is trained:")
+        text = Text()
+        for run in shown(sample, tokenizer):
+            text.append(run.text, f"{'green' if run.trained else 'dim'}{' bold magenta' * run.control}")
+        console.print(text, soft_wrap=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data_check.html").write_text(data.page(), encoding="utf-8")
+    draw_lengths(data.report, folder / "lengths.png")
+    console.print(f"\nwritten: {folder / 'data_check.html'}, {folder / 'lengths.png'}", soft_wrap=True)
+    return 2 if stopping else 0
+
+
+def _tell(console: Console, data: Dataset) -> bool:
+    """Print what was found; whether any of it stops a run."""
+    for name in ("train", "validation"):
+        if (part := data.report[name]) is not None:
+            console.print(
+                f"[bold]{name:<11}[/]{part['rows']:,} rows, {part['samples']:,} samples, {part['tokens']:,} tokens, "
+                f"{part['target_tokens']:,} of them trained, longest row {part['max_row_tokens']:,}"
+            )
+    if isinstance(data.train, Packs):
+        console.print(f"[bold]packs      [/]{len(data.train):,}, {data.train.efficiency():.1%} full")
+    for warning in data.report["warnings"]:
+        console.print(Text(f"- {warning}"), soft_wrap=True)
+    stopping = [finding for finding in data.findings if finding.stops and finding.kind not in data.allow]
+    for finding in data.findings:
+        style = "bold red" if finding in stopping else "yellow"
+        console.print(Text.assemble((f"{finding.kind}  ", style), str(finding)), soft_wrap=True)
+        if finding.example:
+            console.print(Text(f"    {finding.example}"), soft_wrap=True)
+    if stopping:
+        allowed = ",".join(dict.fromkeys([*data.allow, *(finding.kind for finding in stopping)]))
+        console.print(Text(f"a run stops here; to run all the same: dataset.allow=[{allowed}]", "bold red"))
+    elif not data.findings:
+        console.print("nothing wrong was found", style="green")
+    return bool(stopping)
