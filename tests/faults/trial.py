@@ -222,8 +222,10 @@ def digests(run: loop.Run, *, whole: bool) -> dict[str, str]:
             yield repr({key: value for key, value in sorted(group.items()) if key != "params"}).encode()
 
     progress = {key: value for key, value in asdict(state.progress).items() if key != "train_s"}
+    if run.ends_epoch:  # two ways to say where that is
+        progress |= {"epoch": progress["epoch"] + 1, "epoch_step": 0}
     generators = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()), repr(np.random.get_state())]
-    rows = [] if whole else run.loader.order(state.progress.epoch).tolist()
+    rows = [] if whole else run.loader.order(progress["epoch"]).tolist()
     parts = {
         "weights": of(tensor(value) for value in state.model.state_dict().values()),
         "optimizer": of(optimizer()),
