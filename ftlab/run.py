@@ -171,6 +171,7 @@ def _open(folder: RunFolder, config: Config, source: Source | None) -> None:
     """Begin the folder of a new run, or of one that could not keep anything of its attempts so far."""
     if attempt():
         folder.cut_back(None)
+        Checkpoints(folder.path / "checkpoints").set_aside_after(0)  # damaged, or they would have been gone on from
         log.warning("starting again: attempt %d", attempt() + 1)
     folder.write_config(config)
     parent = source.path if source else None

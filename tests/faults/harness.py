@@ -216,6 +216,19 @@ class Folder:
         timed = ("perf/", "memory/", "time/")
         return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in lines]
 
+    def metrics_at(self, step: int) -> dict[str, Any]:
+        """The training line of a step."""
+        return next(line for line in self.metrics() if line["step"] == step and "train/loss" in line)
+
+    def losses(self) -> dict[int, float]:
+        """Training losses by step."""
+        return {line["step"]: line["train/loss"] for line in self.metrics() if "train/loss" in line}
+
+    def samples(self, after: int) -> list[str]:
+        """The lines of ``samples.jsonl`` after a step."""
+        lines = (self.run / "samples.jsonl").read_text().splitlines()
+        return [line for line in lines if json.loads(line)["step"] > after]
+
     def record(self) -> dict[str, Any]:
         """``run.json``."""
         return json.loads((self.run / "run.json").read_text())
