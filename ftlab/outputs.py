@@ -260,7 +260,8 @@ class RunFolder:
             if not self.writes or not path.exists():
                 continue
             kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
+            # Not splitlines(): answers hold other line ends (U+2028), which JSON leaves as they are.
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     logged_at = json.loads(line)["step"]
                 except (ValueError, KeyError, TypeError):  # torn by the kill

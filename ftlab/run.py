@@ -43,7 +43,7 @@ from ftlab.models.resize import compare_specials, fit_vocabulary
 from ftlab.models.transformer import Transformer
 from ftlab.models.weights import load_weights
 from ftlab.optim.groups import decay_groups
-from ftlab.outputs import RunFolder, Status, mask_secrets, setup_logging, shortest
+from ftlab.outputs import RunFolder, Status, mask_secrets, read_record, setup_logging, shortest
 from ftlab.storage.addresses import Address, candidates, find_run
 from ftlab.storage.checkpoints import Checkpoints, Found, less_is_better, verify
 from ftlab.training import rng
@@ -92,27 +92,28 @@ def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
     setup_logging(folder.path, worker.rank)
     source = _source(folder, config, worker, team)
     recorder = Recorder(folder, [build(node) for node in config["logger"].values()] if first else [])
-    if first and (source is None or not source.goes_on):
-        _open(folder, config, source)
-    try:
-        with ending_on_signals() if team is None else nullcontext():
+    with ending_on_signals() if team is None else nullcontext():
+        try:
+            if first and (source is None or not source.goes_on):
+                _open(folder, config, source)
             if team is not None:
                 config = same_everywhere(config, team)
             stopped = _train(config, recorder, worker, team, source)
-    except (Exception, KeyboardInterrupt) as error:
-        cause = team.watch.explain(error) if team else error
-        status, exit_code = _verdict(cause)
-        _say(cause, aloud=team is None or team.watch.takes_the_word())
-        if folder.is_open:  # not where a run could not go on: it is what it was
-            recorder.finish(status, cause, hurry=isinstance(cause, RankError))
-        if team is not None and _stands_in(worker, team) and (lost := _folder_of_rank_0(config)) is not None:
-            lost.finish(status, error=cause)
-        return exit_code
-    if stopped is None:
-        recorder.finish("completed", None)
-        return 0
-    recorder.finish("preempted", None, stopped_by=stopped.name)
-    return 128 + stopped
+        except (Exception, KeyboardInterrupt) as error:
+            ignore_signals()  # the folder is being closed
+            cause = team.watch.explain(error) if team else error
+            status, exit_code = _verdict(cause)
+            _say(cause, aloud=team is None or team.watch.takes_the_word())
+            if folder.is_open:  # not where a run could not go on: it is what it was
+                recorder.finish(status, cause, hurry=isinstance(cause, RankError))
+            if team is not None and _stands_in(worker, team) and (lost := _folder_of_rank_0(config)) is not None:
+                lost.finish(status, error=cause)
+            return exit_code
+        if stopped is None:
+            recorder.finish("completed", None)
+            return 0
+        recorder.finish("preempted", None, stopped_by=stopped.name)
+        return 128 + stopped
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,12 @@ class Source:
 
     Attributes:
         goes_on: it is the run's own, and all of it counts; else another run's, whose weights do.
+        completed: the run said that it had reached its end.
     """
 
     path: str
     goes_on: bool
+    completed: bool = False
 
 
 def _source(folder: RunFolder, config: Config, worker: WorkerEnv, team: Team | None) -> Source | None:
@@ -147,7 +150,7 @@ def _pick(folder: RunFolder, config: Config) -> Source | None:
         return Source(str(found.path), goes_on=True)
     if resume is not None:
         found = _soundest(Address(folder.path, resume["at"]), folder.recorded_id())
-        return Source(str(found.path), goes_on=True)
+        return Source(str(found.path), goes_on=True, completed=read_record(folder.path)["status"] == "completed")
     if config["init_from"] is not None:
         return Source(str(_soundest(find_run(config["init_from"], "init_from"), None).path), goes_on=False)
     return None
@@ -173,6 +176,7 @@ def _open(folder: RunFolder, config: Config, source: Source | None) -> None:
     """Begin the folder of a new run, or of one that could not keep anything of its attempts so far."""
     if attempt():
         folder.cut_back(None)
+        Checkpoints(folder.path / "checkpoints").set_aside_after(0)  # damaged, or they would have been gone on from
         log.warning("starting again: attempt %d", attempt() + 1)
     folder.write_config(config)
     parent = source.path if source else None
@@ -277,8 +281,9 @@ def _train(
     progress, keep = run.state.progress, build(config["checkpoint"])
     run.checkpointer = checkpointer = experiment.checkpointer(folder, keep, opened)
     logged_until = 0
-    if progress.step and opened:
-        if run.is_over and not (keep.export and not (folder.path / "export" / "config.json").exists()):
+    if progress.step and source and opened:
+        # Stopped after the last step, a run has still to be validated and exported.
+        if run.is_over and source.completed and not (keep.export and not (folder.path / "export" / "config.json").exists()):
             raise ConfigError(
                 "resume", f"{folder.path} is complete: all {progress.step} steps are done", _prolonged(run)
             )
@@ -302,9 +307,8 @@ def _train(
         stopped = fit(run)
         if stopped is not None:
             ignore_signals()
-            log.info(
-                "%s: stopped after step %d, which is saved; go on: %s", stopped.name, progress.step, _go_on(folder)
-            )
+            saved = f"after step {progress.step}, which is saved; go on: {_go_on(folder)}"
+            log.info("%s: stopped %s", stopped.name, saved if progress.step else "before the first step: none is saved")
     finally:
         checkpointer.wait()
         folder.update(progress=asdict(progress))

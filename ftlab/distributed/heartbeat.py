@@ -304,7 +304,11 @@ class Watch:
                 stop_by = now + (_CLOSE_LOST_S if failure.kind == _LOST else _CLOSE_S)
                 _thread.interrupt_main()  # it may be in a loop that waits for the lost one
             elif failure is None and now > signalled_at + _CULPRIT_S / 2:  # no failure made anyone send the signal
-                self._stop_on(received)
+                signalled_at = math.inf
+                if self.leaves_signals:  # it came before the loop listened
+                    os.kill(os.getpid(), received)
+                else:
+                    self._stop_on(received)
             if failure is not None and now > stop_by:
                 self._on_stuck(RankError(failure))
                 os._exit(failure.exit_code)

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,13 +51,12 @@ class Checkpoints:
 
     def complete(self) -> list[Found]:
         """Those with a manifest, oldest first."""
-        found = (Found(int(match[1]), path) for path, match in self._named(_COMPLETE) if (path / NAME).is_file())
-        return sorted(found)
+        return [found for found in self._folders() if (found.path / NAME).is_file()]
 
     def incomplete(self) -> list[str]:
         """Names of those that were never finished."""
         begun = [path.name for path, _ in self._named(_UNFINISHED)]
-        return begun + [path.name for path, _ in self._named(_COMPLETE) if not (path / NAME).is_file()]
+        return begun + [found.path.name for found in self._folders() if not (found.path / NAME).is_file()]
 
     def describe(self) -> str:
         """What there is, for an error: the steps, and the names of the unfinished."""
@@ -64,11 +64,18 @@ class Checkpoints:
         there = f"complete checkpoints: steps {', '.join(steps)}" if steps else "no complete checkpoint"
         return there + (f"; unfinished: {', '.join(unfinished)}" if unfinished else "")
 
+    def make(self) -> None:
+        """Make the folder if there is none, and sure of its name and of those of the folders above it."""
+        if not self.folder.is_dir():
+            disk.make_folder(self.folder)
+        for above in list(self.folder.parents)[:4]:  # the run's, its date's, outputs, and where that is
+            with suppress(PermissionError):
+                disk.sync_folder(above)
+
     def begin(self, step: int) -> Path:
         """A new folder in which to write the checkpoint of ``step``; it does not count until `commit`."""
         if not self.folder.is_dir():
-            disk.make_folder(self.folder)
-            disk.sync_folder(self.folder.parent)
+            self.make()
         aside = self.aside(step)
         if aside.is_dir():  # of a write that failed
             disk.remove_folder(aside)
@@ -101,9 +108,9 @@ class Checkpoints:
             disk.remove_folder(path)
 
     def set_aside_after(self, step: int) -> list[Path]:
-        """Rename checkpoints later than ``step``, which a run that goes on from there will write anew."""
+        """Rename checkpoints later than ``step``, sound or not, which a run that goes on from there will write anew."""
         renamed = []
-        for found in self.complete():
+        for found in self._folders():
             if found.step > step:
                 numbers = (f"{found.path.name}.abandoned{n or ''}" for n in range(1000))
                 free = next(self.folder / name for name in numbers if not os.path.lexists(self.folder / name))
@@ -154,6 +161,11 @@ class Checkpoints:
                 continue
             return found
         return None
+
+    def _folders(self) -> list[Found]:
+        """All that are named as complete ones are, oldest first."""
+        found = [Found(int(match[1]), path) for path, match in self._named(_COMPLETE)]
+        return sorted(one for one in found if one.path.name == step_name(one.step))
 
     def _named(self, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
         """The folders, not links to such, whose name matches ``pattern``."""

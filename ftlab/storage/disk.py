@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import queue
@@ -121,6 +122,9 @@ def sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+            raise
     finally:
         os.close(fd)
     observer("fsync_folder", path)
@@ -149,6 +153,7 @@ def replace_file(path: Path, text: str) -> None:
     observer("fsync", aside)
     os.replace(aside, path)
     observer("rename", path)
+    sync_folder(path.parent)
 
 
 def file_sha256(path: Path) -> str:

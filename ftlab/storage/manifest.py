@@ -78,10 +78,10 @@ class Manifest:
         raw = _read_small_file(path)
         try:
             content = json.loads(raw)
-            text = raw.decode()
+            as_written = isinstance(content, dict) and _text(content) == raw.decode()
         except (ValueError, RecursionError) as error:
             raise CheckpointError(path, f"is damaged: {error}") from None
-        if not isinstance(content, dict) or _text(content) != text:
+        if not as_written:
             raise CheckpointError(path, "is damaged: it is not as it was written")
         if isinstance(content.get("format"), int) and content["format"] > FORMAT:
             raise CheckpointError(
@@ -107,6 +107,12 @@ class Manifest:
         Raises:
             CheckpointError: naming the first file that differs.
         """
+        try:
+            self._compare(folder, only)
+        except OSError as error:  # a sector that is gone, a file of somebody else's
+            raise CheckpointError(error.filename or folder, f"cannot be read: {error.strerror or error}") from None
+
+    def _compare(self, folder: Path, only: frozenset[str] | None) -> None:
         found = {entry.name: entry for entry in os.scandir(folder)}
         for name, entry in found.items():
             # lstat: neither links out of the folder nor pipes and devices, which would hang the reader, are opened.
@@ -140,13 +146,13 @@ def _signature(digest: str) -> str | None:
 def _read_small_file(path: Path) -> bytes:
     try:
         status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(path, "is not a regular file")
+        if status.st_size > _MAX_BYTES:
+            raise CheckpointError(path, f"has {status.st_size} bytes, which no manifest needs")
+        return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(path, "is not a regular file")
-    if status.st_size > _MAX_BYTES:
-        raise CheckpointError(path, f"has {status.st_size} bytes, which no manifest needs")
-    return path.read_bytes()
+        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from None
 
 
 def _checked(content: dict[str, Any], path: Path) -> Manifest:
@@ -158,6 +164,7 @@ def _checked(content: dict[str, Any], path: Path) -> Manifest:
     entries = named.items()
     fine = (
         isinstance(content["step"], int)
+        and isinstance(content["format"], int)
         and isinstance(content["run"], str)
         and isinstance(content["config_hash"], str)
         and (parent is None or isinstance(parent, str))

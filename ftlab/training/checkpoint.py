@@ -117,7 +117,7 @@ class Checkpointer:
             ConfigError: for a folder on another machine.
         """
         if self._parallel.rank == 0:
-            self._checkpoints.folder.mkdir(exist_ok=True)
+            self._checkpoints.make()
             self._checkpoints.discard_unfinished()
         seen = self._parallel.gather_aside(True)  # the folder is there now, for whoever can see it
         seen = self._parallel.gather_aside(self._checkpoints.folder.is_dir())

@@ -212,7 +212,7 @@ def fit(run: Run) -> signal.Signals | None:
         asked = run.wishes.agreed_now(run.parallel)
         run.clock.enter("data")
         run.clock.take()
-        for micro_batches in remaining_steps(run) if asked.stop is None else ():
+        for micro_batches in () if asked.stop is not None or run.out_of_patience else remaining_steps(run):
             metrics = train_step(run, micro_batches)
             progress.step += 1
             progress.epoch_step += 1

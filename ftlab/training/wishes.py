@@ -62,7 +62,9 @@ def _handling(handler: Callable[[int, Any], None], numbers: Sequence[signal.Sign
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {number: signal.getsignal(number) for number in STOPPING}  # all: `ignore_signals` may come in between
+    for number in numbers:
+        signal.signal(number, handler)
     try:
         yield
     finally:
