@@ -40,6 +40,7 @@ from ftlab.models.transformer import Transformer
 from ftlab.models.weights import load_weights
 from ftlab.optim.groups import decay_groups
 from ftlab.outputs import RunFolder, Status, mask_secrets, setup_logging
+from ftlab.training.card import model_card
 from ftlab.training.checkpoint import CheckpointConfig, export_model
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.loop import Run, TrainerConfig, fit
@@ -201,6 +202,9 @@ def _train(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team | N
         exported = export_model(
             run.state.model, experiment.tokenizer, folder.path / "export", dtype=run.precision.weights
         )
+        if worker.rank == 0:
+            card = model_card(experiment.info(folder.path), progress, recorder.latest, commit=experiment.commit)
+            (exported / "README.md").write_text(card, encoding="utf-8")
         recorder.artifacts.append(exported)
     run.parallel.close()
 
@@ -212,6 +216,7 @@ class Experiment:
     config: Config
     tokenizer: Tokenizer
     model_config: AnyModelConfig
+    commit: str | None  # of the repository on the Hub that the weights came from
     data: InstructDataset
     run: Run
 
@@ -244,8 +249,8 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
     if config["seq_len"] > model_config.max_seq_len:
         problem = f"{config['seq_len']} is more than the {model_config.max_seq_len} tokens that the model reads"
         raise ConfigError("seq_len", problem, f"seq_len={model_config.max_seq_len}")
-    if checkpoint is not None:
-        recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit_of(checkpoint)})
+    commit = commit_of(checkpoint) if checkpoint else None
+    recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit})
     tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], config["model"]["checkpoint"], checkpoint))
     model_config = with_vocabulary(model_config, checkpoint, tokenizer)
     data: InstructDataset = build(
@@ -279,7 +284,7 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
         worker,
         tokenizer.new_ids,
     )
-    return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, data=data, run=run)
+    return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, commit=commit, data=data, run=run)
 
 
 def assemble_run(
