@@ -47,6 +47,7 @@ from ftlab.outputs import RunFolder, Status, mask_secrets, read_record, setup_lo
 from ftlab.storage.addresses import Address, candidates, find_run
 from ftlab.storage.checkpoints import Checkpoints, Found, less_is_better, verify
 from ftlab.training import rng
+from ftlab.training.card import model_card
 from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened, open_checkpoint
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.export import export_model
@@ -283,7 +284,11 @@ def _train(
     logged_until = 0
     if progress.step and source and opened:
         # Stopped after the last step, a run has still to be validated and exported.
-        if run.is_over and source.completed and not (keep.export and not (folder.path / "export" / "config.json").exists()):
+        if (
+            run.is_over
+            and source.completed
+            and not (keep.export and not (folder.path / "export" / "config.json").exists())
+        ):
             raise ConfigError(
                 "resume", f"{folder.path} is complete: all {progress.step} steps are done", _prolonged(run)
             )
@@ -329,6 +334,7 @@ def _train(
             precision=run.precision,
             parallel=run.parallel,
             about={"run": folder.run_id, "step": progress.step},
+            card=model_card(experiment.info(folder, 0), progress, recorder.latest, commit=experiment.commit),
         )
         recorder.artifacts.append(folder.path / "export")
     run.parallel.close()
@@ -355,6 +361,7 @@ class Experiment:
     tokenizer: Tokenizer
     model_config: AnyModelConfig
     data: Dataset
+    commit: str | None  # of the repository on the Hub that the weights came from
     run: Run
 
     def checkpointer(self, folder: RunFolder, keep: CheckpointConfig, opened: Opened | None) -> Checkpointer:
@@ -430,8 +437,9 @@ def assemble(
     if config["seq_len"] > model_config.max_seq_len:
         problem = f"{config['seq_len']} is more than the {model_config.max_seq_len} tokens that the model reads"
         raise ConfigError("seq_len", problem, f"seq_len={model_config.max_seq_len}")
-    if pretrained is not None:
-        recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit_of(pretrained)})
+    commit = commit_of(pretrained) if pretrained else None
+    if opened is None:
+        recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit})
     tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], config["model"]["checkpoint"], pretrained))
     model_config = with_vocabulary(model_config, pretrained, tokenizer, opened)
     data: Dataset = build(
@@ -478,7 +486,7 @@ def assemble(
         opened.restore(run.state, run.parallel)
     elif opened is not None and config["init_optimizer"]:
         restore_optimizer(run.state, opened.stored, opened.told)
-    return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, data=data, run=run)
+    return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, commit=commit, data=data, run=run)
 
 
 def assemble_run(

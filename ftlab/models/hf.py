@@ -173,7 +173,7 @@ class HFTransformer(nn.Module):
         scaled as the model has it, so the loss is asked for its ``of_logits``."""
         if doc_ids is not None:
             raise ConfigError(
-                "dataset.packing", "model=hf does not keep packed documents apart", "dataset.packing=false"
+                "dataset.packing", "model=hf does not keep packed documents apart", "dataset.packing=none"
             )
         n_new = tokens.shape[1]
         if cache is not None:

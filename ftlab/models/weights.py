@@ -104,7 +104,20 @@ def compare_sizes(config: ModelConfig, folder: Path, but: Collection[str]) -> No
             fix = f"model.{key}={'null' if theirs is None else theirs}" if plain else "model=auto"
             problems.append(ConfigError(f"model.{key}", f"{value}, but {folder / file} says {theirs}", fix))
     if problems:
+        rows = sizes.get("vocab_size", config.vocab_size) if "vocab_size" in but else config.vocab_size
+        problems += _misfit(config.replace(vocab_size=rows), folder)
         raise problems[0] if len(problems) == 1 else ConfigErrors(problems)
+
+
+def _misfit(config: ModelConfig, folder: Path) -> list[ConfigError]:
+    """What ``_compare_shapes`` says of a folder, if its weights are here already and the model can be built."""
+    try:
+        with torch.device("meta"):
+            parameters = dict(config.build().named_parameters())
+        _compare_shapes(parameters, open_folder(folder, config), folder)
+    except ConfigError as problem:
+        return [problem] if "holds another architecture" in problem.problem else []
+    return []
 
 
 def _compare_shapes(parameters: Mapping[str, Tensor], layout: Layout, folder: Path) -> None:
@@ -174,7 +187,9 @@ def export_weights(
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
         _write_json(folder / "generation_config.json", token_ids)
-        _write_json(folder / CONFIG, model.hf_config(str(dtype).removeprefix("torch.")) | token_ids)
+        described = model.hf_config(str(dtype).removeprefix("torch."))
+        known = {key: token for key, token in token_ids.items() if token is not None}
+        _write_json(folder / CONFIG, token_ids | described | known)
     barrier()  # no rank goes on as if the folder were there before it is
 
 

@@ -57,6 +57,7 @@ def export_model(
     precision: Precision,
     parallel: Parallelism,
     about: Mapping[str, Any],
+    card: str | None = None,
 ) -> Proof:
     """Write model and tokenizer as one Hugging Face folder, complete for transformers and vLLM.
 
@@ -71,6 +72,7 @@ def export_model(
 
     Args:
         about: what the manifest should say beside: the run, the step.
+        card: the folder's README.md.
 
     Raises:
         ExportError: with the first tensor that differs, or the logits' difference.
@@ -81,6 +83,8 @@ def export_model(
         aside.mkdir(parents=True)
         tokenizer.save(aside)
     export_weights(model, aside, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=None)
+    if card is not None and this_rank() == 0:
+        (aside / "README.md").write_text(card, encoding="utf-8")
     proof = _prove(model, aside, dtype, precision, parallel)
     if this_rank() == 0:
         files = {path.name: path for path in sorted(aside.iterdir())}

@@ -239,7 +239,14 @@ def test_every_contradicting_key_is_reported_at_once(tmp_path):
     folder = export(model_of(small(vocab_size=64, norm_eps=1e-6)), tmp_path)
     with pytest.raises(ConfigErrors) as caught:
         loaded(folder, small())
-    assert [problem.key for problem in caught.value.problems] == ["model.vocab_size", "model.norm_eps"]
+    assert [problem.key for problem in caught.value.problems] == [
+        "model.vocab_size",
+        "model.norm_eps",
+        "model.checkpoint",
+    ]
+    shapes = caught.value.problems[-1].problem
+    assert "model.embed_tokens.weight is (64, 64), the model's embedding.weight is (60, 64)" in shapes
+    assert "21 tensors 2 differ in shape" in shapes
 
 
 def test_meta_params_are_compared_too(tmp_path):
