@@ -27,7 +27,7 @@ from ftlab.distributed.env import keep_freed_memory
 from ftlab.distributed.single import OneRank
 from ftlab.storage import disk
 from ftlab.storage.checkpoints import Checkpoints
-from ftlab.training.checkpoint import Checkpointer, CheckpointConfig, Identity
+from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity
 from ftlab.training.state import TrainState
 
 IDENTITY = Identity(run="benchmark", config={}, config_hash="", data="", tokenizer="", global_batch_size=1)

@@ -46,11 +46,12 @@ from ftlab.optim.groups import decay_groups
 from ftlab.outputs import RunFolder, Status, mask_secrets, read_record, setup_logging, shortest
 from ftlab.storage.addresses import Address, candidates, find_run
 from ftlab.storage.checkpoints import Checkpoints, Found, less_is_better, verify
-from ftlab.training import rng
+from ftlab.training import ledger, rng
 from ftlab.training.card import model_card
 from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened, open_checkpoint
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.export import export_model
+from ftlab.training.ledger import Ledger
 from ftlab.training.loop import Run, TrainerConfig, fit
 from ftlab.training.metrics import training_flops
 from ftlab.training.snapshot import restore_optimizer, restore_weights
@@ -177,6 +178,7 @@ def _open(folder: RunFolder, config: Config, source: Source | None) -> None:
     """Begin the folder of a new run, or of one that could not keep anything of its attempts so far."""
     if attempt():
         folder.cut_back(None)
+        ledger.cut_back(folder.path / "ledger", 0)
         Checkpoints(folder.path / "checkpoints").set_aside_after(0)  # damaged, or they would have been gone on from
         log.warning("starting again: attempt %d", attempt() + 1)
     folder.write_config(config)
@@ -191,6 +193,7 @@ def _reopen(folder: RunFolder, config: Config, opened: Opened, worker: WorkerEnv
     for path in Checkpoints(folder.path / "checkpoints").set_aside_after(step):
         log.warning("%s is later than step %d and set aside: %s", path.name.split(".")[0], step, path)
     last = folder.cut_back(step)
+    ledger.cut_back(folder.path / "ledger", step)
     overrides = (config["resume"] or {}).get("overrides", [])
     folder.write_config(config)
     folder.resume(gpus=_gpus(), step=step, logged_until=last, overrides=overrides, ranks=worker.world_size)
@@ -297,6 +300,8 @@ def _train(
             if (size := run.trainer.batch_size) != config["trainer"]["batch_size"]:
                 log.info("trainer.batch_size=%d now, so that the ranks share each step's rows", size)
     checkpointer.prepare()
+    run.ledger = Ledger(folder.path / "ledger", worker.rank)
+    folder.update(global_batch_size=run.loader.global_batch_size)
     folder.write_json("data_report.json", experiment.data.report)
     if worker.rank == 0:
         (folder.path / "data_check.html").write_text(experiment.data.page(), encoding="utf-8")
