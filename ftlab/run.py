@@ -6,6 +6,7 @@ configuration, builds the parts, hands them to the loop and keeps the run folder
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -42,6 +43,7 @@ from ftlab.optim.groups import decay_groups
 from ftlab.outputs import RunFolder, Status, mask_secrets, read_record, setup_logging, shortest
 from ftlab.storage.addresses import Address, candidates, find_run
 from ftlab.storage.checkpoints import Checkpoints, Found, less_is_better, verify
+from ftlab.training import rng
 from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened, open_checkpoint
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.export import export_model
@@ -100,7 +102,10 @@ def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
             status, exit_code = _verdict(cause)
             _say(cause, aloud=team is None or team.watch.takes_the_word())
             if folder.is_open:  # not where a run could not go on: it is what it was
-                recorder.finish(status, cause, hurry=isinstance(cause, RankError))
+                try:
+                    recorder.finish(status, cause, hurry=isinstance(cause, RankError))
+                except OSError as problem:  # the disk is full or gone, which may be why the run ends
+                    log.error("%s cannot be closed: %s", folder.path, problem)
             if team is not None and _stands_in(worker, team) and (lost := _folder_of_rank_0(config)) is not None:
                 lost.finish(status, error=cause)
             return exit_code
@@ -209,6 +214,9 @@ def _verdict(error: BaseException) -> tuple[Status, int]:
             return "failed", 1
 
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+
+
 def _say(error: BaseException, *, aloud: bool) -> None:
     """Say what went wrong in the user's terms; only our own bugs show a traceback. Not aloud: to the rank's file."""
     level = logging.ERROR if aloud else logging.INFO
@@ -216,6 +224,8 @@ def _say(error: BaseException, *, aloud: bool) -> None:
         case KeyboardInterrupt():
             log.log(level, "interrupted")
         case FtlabError():
+            log.log(level, "%s", error)
+        case OSError() if error.errno in _OF_THE_DISK:
             log.log(level, "%s", error)
         case torch.OutOfMemoryError() | MemoryError():
             log.log(level, "out of memory: %s\n  try: a smaller trainer.batch_size", error)
@@ -276,7 +286,11 @@ def _train(
     logged_until = 0
     if progress.step and source and opened:
         # Stopped after the last step, a run has still to be validated and exported.
-        if run.is_over and source.completed and not (keep.export and not (folder.path / "export" / "config.json").exists()):
+        if (
+            run.is_over
+            and source.completed
+            and not (keep.export and not (folder.path / "export" / "config.json").exists())
+        ):
             raise ConfigError(
                 "resume", f"{folder.path} is complete: all {progress.step} steps are done", _prolonged(run)
             )
@@ -475,7 +489,7 @@ def assemble_run(
         fill: gives the parameters their values.
         global_batch_size: of a run that goes on, which fixes the order of its rows; null: the configuration's.
     """
-    torch.manual_seed(config["seed"])
+    rng.seed(config["seed"])
     trainer: TrainerConfig = build(config["trainer"])
     precision: Precision = build(config["precision"])
     if worker.device.type == "cpu":

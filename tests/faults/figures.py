@@ -1,9 +1,9 @@
 """Reliability figures: how many of how many trials held, counted in the open.
 
-    pytest tests/faults                                                      a few trials of each, with the other tests
-    pytest -m soak tests/faults                                              all trials
-    FTLAB_FIGURES=docs/reliability.md pytest -m soak tests/faults            and the table of what came out
-    FTLAB_FAULT_SEED=7 ...                                                   other trials of the same kind
+pytest tests/faults                                                      a few trials of each, with the other tests
+pytest -m soak tests/faults                                              all trials
+FTLAB_FIGURES=docs/reliability.md pytest -m soak tests/faults            and the table of what came out
+FTLAB_FAULT_SEED=7 ...                                                   other trials of the same kind
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def write(path: Path) -> None:
     """Put the figures that were measured into the table of ``path``, in place of earlier ones of the same name."""
     text = path.read_text(encoding="utf-8")
     begin = text.index(_COLUMNS)
-    old = [line for line in text[begin:].split("\n\n")[0].strip().splitlines()]
+    old = text[begin:].split("\n\n")[0].strip().splitlines()
     rows = {_name(row): row for row in old[2:]} | {figure.name: figure.row for figure in done}
     path.write_text(text.replace("\n".join(old) + "\n", table(list(rows.values()))), encoding="utf-8")
 

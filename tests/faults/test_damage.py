@@ -156,9 +156,7 @@ DAMAGES: dict[str, Damage] = {
         f"{name} of another step": from_other_step(name)
         for name in ("rows-00000-of-00002.safetensors", "state.json", "rng-00001.json", "MANIFEST.json")
     },
-    **{
-        harm.__name__: harm for harm in (swap_ranks, add_file, add_folder, of_another_run, renamed)
-    },
+    **{harm.__name__: harm for harm in (swap_ranks, add_file, add_folder, of_another_run, renamed)},
 }
 
 
