@@ -6,6 +6,7 @@ configuration, builds the parts, hands them to the loop and keeps the run folder
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -107,7 +108,10 @@ def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
             status, exit_code = _verdict(cause)
             _say(cause, aloud=team is None or team.watch.takes_the_word())
             if folder.is_open:  # not where a run could not go on: it is what it was
-                recorder.finish(status, cause, hurry=isinstance(cause, RankError))
+                try:
+                    recorder.finish(status, cause, hurry=isinstance(cause, RankError))
+                except OSError as problem:  # the disk is full or gone, which may be why the run ends
+                    log.error("%s cannot be closed: %s", folder.path, problem)
             if team is not None and _stands_in(worker, team) and (lost := _folder_of_rank_0(config)) is not None:
                 lost.finish(status, error=cause)
             return exit_code
@@ -218,6 +222,9 @@ def _verdict(error: BaseException) -> tuple[Status, int]:
             return "failed", 1
 
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+
+
 def _say(error: BaseException, *, aloud: bool) -> None:
     """Say what went wrong in the user's terms; only our own bugs show a traceback. Not aloud: to the rank's file."""
     level = logging.ERROR if aloud else logging.INFO
@@ -225,6 +232,8 @@ def _say(error: BaseException, *, aloud: bool) -> None:
         case KeyboardInterrupt():
             log.log(level, "interrupted")
         case FtlabError():
+            log.log(level, "%s", error)
+        case OSError() if error.errno in _OF_THE_DISK:
             log.log(level, "%s", error)
         case torch.OutOfMemoryError() | MemoryError():
             log.log(level, "out of memory: %s\n  try: a smaller trainer.batch_size", error)
