@@ -41,7 +41,8 @@ from ftlab.errors import ConfigError, DataError
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
 
-_WORTH_PROCESSES = 1 << 25  # bytes of rows above which starting processes costs less than they save
+# Above this much to tokenise, starting processes costs less than they save.
+_WORTH_PROCESSES_KIB, _WORTH_PROCESSES_ROWS = 1 << 15, 50_000
 
 
 @dataclass(kw_only=True, eq=False)
@@ -175,7 +176,8 @@ class Dataset:
         refusal = Refusal(self.allow, goes_on=self.inspecting)
         reader = _Reader(self.filter, limit, recipe)
         size, unit = source.size()
-        n_workers = n_cores() if size * (1 if unit == "rows" else 1024) >= _WORTH_PROCESSES else 0
+        large = size >= (_WORTH_PROCESSES_ROWS if unit == "rows" else _WORTH_PROCESSES_KIB)
+        n_workers = n_cores() if large and n_cores() > 1 else 0
         label = f"tokenising {name}, {unit}" if size else f"tokenising {name}"
         bar = self.progress(label, size) if self.progress else nullcontext(lambda _: None)
         with StoreWriter(folder, self.tokenizer.vocab_size) as writer, bar as advance:
