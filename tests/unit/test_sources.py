@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftlab.data.fields import mapped_columns, row_fields
 from ftlab.data.filters import Filter
 from ftlab.data.formats import Instruct
 from ftlab.data.problems import Refusal
 from ftlab.data.sources import open_source
 from ftlab.data.strict_json import json_rows
-from ftlab.data.tokenise import mapped_columns, row_fields
 from ftlab.errors import ConfigError, DataError
 
 COLUMNS = {"instruction": "instruction", "input": "input", "output": "output", "family": None}
