@@ -225,6 +225,20 @@ def test_with_nothing_sound_left_no_tensor_is_read_and_nothing_is_changed(tmp_pa
     assert before == {path: path.read_bytes() for path in folder.run.rglob("*.json*")}
 
 
+def test_started_again_with_nothing_sound_left_a_run_begins_anew(tmp_path: Path) -> None:
+    """What ``max_restarts`` does when the attempt before left damaged checkpoints only."""
+    folder = copied(tmp_path / "run")
+    for found in folder.checkpoints.complete():
+        flip(found.path / "state.json", 100, 3)
+    plan = folder.plan(attempt=1)
+    plan.config["resume"] = None
+    with Trial(plan, folder.n_ranks) as trial:
+        outcomes, stderr = trial.end(), trial.stderr()
+    assert "starting again: attempt 2" in stderr
+    assert_same(folder, outcomes)  # type: ignore[arg-type]
+    assert len(list(folder.checkpoints.folder.glob("*.abandoned"))) == 2
+
+
 def test_a_file_that_the_disk_cannot_read_is_named_and_the_checkpoint_before_is_chosen(
     run: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -125,7 +125,7 @@ def kill_at(folder: Folder, act: KillAt, point: str) -> None:
 def test_r2_killed_after_every_kind_of_change_in_a_row(tmp_path: Path) -> None:
     """The short form of R2: one run that is killed after each kind of change in turn."""
     claim = "SIGKILL after each kind of change on disk, one after the other in one run: bitwise"
-    overrides = ("trainer.max_steps=150",)
+    overrides = ("trainer.max_steps=75",)
     other, _ = reference()
     with Figure("R2s", claim) as figure:
         folder = Folder(tmp_path / "run", *overrides)

@@ -36,6 +36,9 @@ def test_r12_power_loss_at_any_instant(n: int, tmp_path: Path) -> None:
             *("step_00000012", "step_00000006.tmp"),
         )
     ]
+    # The names of the folders themselves: the run's, its date's, and the one that those are in.
+    first = next(number for number, entry in enumerate(entries) if entry[1] == "checkpoints/step_00000003")
+    assert {".", "..", "../.."} <= {path for operation, path, _ in entries[:first] if operation == "fsync_folder"}
     disk, safe, n_trees = Disk(), 0, 0
     began: set[int] = set()
     with Figure("R12", claim) as figure:

@@ -12,6 +12,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ import torch.distributed.fsdp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import ftlab.data.tiny
 import ftlab.distributed.ddp
 import ftlab.distributed.fsdp
 import ftlab.loggers.recorder
 import ftlab.outputs
 import ftlab.run
-from ftlab.data.tiny import *  # noqa: F403 -- the rows that trials train on
 from ftlab.distributed.env import WorkerEnv
 from ftlab.losses import Loss
 from ftlab.storage import disk
@@ -117,12 +118,17 @@ class Rank:
         self.outcome = Outcome()
         self.step = 0
         self._number = 0
+        self._flushed: set[str] = set()
         self._lock = threading.Lock()
         self._events = (plan.notes / f"events-{worker.rank}").open("a", buffering=1)
         self._samples = (plan.notes / f"samples-{worker.rank}").open("a", buffering=1)
 
     def note(self, operation: str, path: Path | None = None) -> None:
         """Write down an event and act on it."""
+        if operation in ("fsync", "fsync_folder"):
+            # Told is not done: what counts is the system call.
+            assert os.path.realpath(path or "") in self._flushed, f"{operation} {path} was told, but not done"
+            self._flushed.discard(os.path.realpath(path or ""))
         with self._lock:
             below = "" if path is None else os.path.relpath(path, self.root)
             event = Event(self._number, self.worker.rank, operation, below, self.step)
@@ -158,7 +164,9 @@ class Rank:
                 return fit(run)
             finally:
                 self.outcome.step = run.state.progress.step
-                self.outcome.ended = digests(run, whole=self.plan.whole)
+                while not self.outcome.ended:
+                    with suppress(KeyboardInterrupt):  # another rank has failed, and this one is told to go
+                        self.outcome.ended = digests(run, whole=self.plan.whole)
 
         def watched_step(run: loop.Run, micro_batches: list[Any]) -> Any:
             metrics = train_step(run, micro_batches)
@@ -172,6 +180,13 @@ class Rank:
             self.note("eval")
             return evaluate(run)
 
+        fsync = os.fsync
+
+        def watched_fsync(fd: int) -> None:
+            fsync(fd)
+            self._flushed.add(os.readlink(f"/proc/self/fd/{fd}"))
+
+        os.fsync = watched_fsync
         ftlab.run.fit = watched_fit
         loop.train_step, loop.evaluate_if_due = watched_step, watched_evaluation
         disk.observer = self.note
