@@ -120,6 +120,7 @@ class Checkpointer:
         if self._parallel.rank == 0:
             self._checkpoints.make()
             self._checkpoints.discard_unfinished()
+            self._remove_old()  # a kill may have come between a checkpoint and the removal of the one it replaced
         seen = self._parallel.gather_aside(True)  # the folder is there now, for whoever can see it
         seen = self._parallel.gather_aside(self._checkpoints.folder.is_dir())
         if not all(seen):
@@ -282,19 +283,19 @@ class Checkpointer:
             path = self._checkpoints.commit(step, manifest)
             self._parent = manifest.digest
             log.info("checkpoint: %s", path.name)
-            try:
-                self._remove_old()
-            except OSError as error:  # what was written is written
-                log.warning("old checkpoints could not be removed: %s", error)
+            self._remove_old()
 
     def _remove_old(self) -> None:
         name, less_is_better = self._metric
         sign = -1 if less_is_better else 1
-        self._checkpoints.retain(
-            keep_last=self.config.keep_last,
-            keep_best=self.config.keep_best,
-            better=lambda one: None if name not in one.metrics else sign * one.metrics[name],
-        )
+        try:
+            self._checkpoints.retain(
+                keep_last=self.config.keep_last,
+                keep_best=self.config.keep_best,
+                better=lambda one: None if name not in one.metrics else sign * one.metrics[name],
+            )
+        except OSError as error:  # what was written is written
+            log.warning("old checkpoints could not be removed: %s", error)
 
 
 @dataclass(frozen=True)
