@@ -156,11 +156,11 @@ def test_r3_killed_again_and_again(n: int, tmp_path: Path) -> None:
         for number in range(n):
             rng = figure.random(number)
             n_ranks, overrides = (LAYOUTS[number % 3]) if n > 1 else SINGLE
-            folder = Folder(tmp_path / str(number), *overrides, "trainer.max_steps=45", n_ranks=n_ranks)
+            folder = Folder(tmp_path / str(number), *overrides, "trainer.max_steps=90", n_ranks=n_ranks)
             with figure.trial(number):
                 steps = [0]
                 for _ in range(n_kills):
-                    act = KillAt(rng.randrange(n_ranks), None, rng.randrange(12, 150))
+                    act = KillAt(rng.randrange(n_ranks), None, rng.randrange(12, 120))
                     with folder.interrupt(act) as trial:
                         assert trial.end()[act.rank] is None, "ended before it could be killed"
                     check_what_is_left(folder)
