@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ftlab.assembly import assemble_run, random_weights
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.batch import Sample
 from ftlab.distributed.env import WorkerEnv, describe_device, peak_flops
 from ftlab.models.transformer import ModelConfig
-from ftlab.run import assemble_run, random_weights
 from ftlab.training.loop import Run, remaining_steps, train_step
 from ftlab.training.metrics import PhaseClock, peak_memory_gib
 

@@ -16,6 +16,7 @@ FLOORS = [
     {"outputs", "plots"},
     {"config", "data", "distributed", "losses", "loggers", "models", "optim"},
     {"training"},
+    {"assembly", "session"},
     {"run"},
     {"jobs"},
     {"lab"},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from ftlab.assembly import build_model, weights_in
 from ftlab.config.build import build
 from ftlab.data.encode import Encoder
 from ftlab.data.formats import Message
@@ -19,7 +20,6 @@ from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
 from ftlab.models.auto import as_exported
-from ftlab.run import build_model, weights_in
 from ftlab.training.generate import generate
 
 

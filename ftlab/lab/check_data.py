@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from ftlab.assembly import beside_checkpoint
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.cache import cache_folder
@@ -17,7 +18,6 @@ from ftlab.data.show import N_EXAMPLES, examples, shown
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.models.hub import resolve_checkpoint
 from ftlab.plots import draw_lengths
-from ftlab.run import beside_checkpoint
 
 
 def check_data(overrides: Sequence[str], folder: Path) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ftlab.assembly import build_model, weights_of, with_vocabulary
 from ftlab.config.build import build
 from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
 from ftlab.models.auto import find_model
-from ftlab.run import build_model, weights_of, with_vocabulary
 from ftlab.storage.addresses import candidates, find_run
 from ftlab.storage.checkpoints import verify
 from ftlab.training.checkpoint import open_checkpoint

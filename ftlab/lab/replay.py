@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ftlab.assembly import beside_checkpoint
 from ftlab.config.build import build
 from ftlab.data.batch import Pack, Sample
 from ftlab.data.cache import cache_folder
@@ -17,7 +18,6 @@ from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError
 from ftlab.models.hub import resolve_checkpoint
 from ftlab.outputs import read_record
-from ftlab.run import beside_checkpoint
 from ftlab.training.ledger import seen_at
 from ftlab.training.loop import TrainerConfig
 

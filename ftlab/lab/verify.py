@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ftlab.assembly import assemble
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.distributed.base import Parallelism, Workers
@@ -24,7 +25,6 @@ from ftlab.distributed.started import group_of_this_process
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.loggers.recorder import Recorder
 from ftlab.outputs import RunFolder
-from ftlab.run import assemble
 from ftlab.training.loop import remaining_steps, train_step
 
 Config = dict[str, Any]

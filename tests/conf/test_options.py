@@ -105,8 +105,11 @@ def attributes_read() -> frozenset[str]:
 
 @cache
 def subscripts_read() -> frozenset[str]:
-    """Every ``x`` in ``config["x"]`` that ftlab/run.py and ftlab/jobs.py read."""
-    trees = [ast.parse((PACKAGE / name).read_text(encoding="utf-8")) for name in ("run.py", "jobs.py")]
+    """Every ``x`` in ``config["x"]`` that the composition root reads: run.py and what was taken out of it."""
+    trees = [
+        ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
+        for name in ("run.py", "assembly.py", "session.py", "jobs.py")
+    ]
     found = (
         n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Load)
     )

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ftlab.assembly import build_model, random_weights
 from ftlab.distributed.single import OneRank
 from ftlab.losses import CrossEntropy
-from ftlab.run import build_model, random_weights
 from tests.loop.conftest import CPU, MODEL, precision_of
 
 LOSS = CrossEntropy(label_smoothing=0.0, z_loss=0.0)

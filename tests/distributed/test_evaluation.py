@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ftlab.assembly import build_model, random_weights
 from ftlab.data.batch import Sample
 from ftlab.distributed.base import Strategy
 from ftlab.distributed.env import WorkerEnv
 from ftlab.losses import CrossEntropy
-from ftlab.run import build_model, random_weights
 from ftlab.training.evaluate import EvaluationConfig, Evaluator
 from tests.distributed.harness import run_ranks
 from tests.distributed.strategies import in_group, precision_of, strategy

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from ftlab.assembly import assemble_run, random_weights
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.batch import Sample
 from ftlab.distributed.env import WorkerEnv
-from ftlab.run import assemble_run, random_weights
 from ftlab.training.loop import remaining_steps, train_step
 from tests.distributed.strategies import strategy, train
 from tests.loop.conftest import Rows

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from ftlab.assembly import build_model, weights_in
 from ftlab.distributed.env import WorkerEnv
 from ftlab.models.weights import load_weights
-from ftlab.run import build_model, weights_in
 from tests.distributed.harness import run_ranks
 from tests.distributed.strategies import in_group, precision_of, strategy, whole_weights
 from tests.distributed.test_weights_in_shards import write_folder

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ftlab.assembly import build_model, random_weights, weights_in
 from ftlab.distributed.base import Strategy
 from ftlab.distributed.env import WorkerEnv, keep_freed_memory
 from ftlab.models.meta_layout import meta_names
@@ -18,7 +19,6 @@ from ftlab.models.safetensors_stream import SafetensorsWriter
 from ftlab.models.shards import held_rows
 from ftlab.models.transformer import ModelConfig
 from ftlab.models.weights import export_weights, load_weights
-from ftlab.run import build_model, random_weights, weights_in
 from tests.distributed.harness import run_ranks
 from tests.distributed.strategies import in_group, precision_of, strategy, whole_weights
 from tests.loop.conftest import MODEL

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ftlab.assembly import build_model, random_weights, weights_in
 from ftlab.data.batch import Sample
 from ftlab.data.loader import BatchLoader
 from ftlab.distributed.base import Parallelism
@@ -20,7 +21,6 @@ from ftlab.models.auto import AnyModelConfig
 from ftlab.models.config import ModelConfig
 from ftlab.optim.groups import decay_groups
 from ftlab.optim.schedules import Constant
-from ftlab.run import build_model, random_weights, weights_in
 from ftlab.training.loop import Run, TrainerConfig
 from ftlab.training.state import TrainState
 
