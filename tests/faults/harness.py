@@ -141,6 +141,7 @@ class Trial:
 
 def _be_rank(rank: int, n: int, port: int, pipe: Connection, plan: Plan) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background find it ignored
     fd = os.open(plan.notes / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 2)
     if plan.attempt:
@@ -216,6 +217,10 @@ class Folder:
         timed = ("perf/", "memory/", "time/")
         return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in lines]
 
+    def ledger(self) -> dict[str, str]:
+        """What the run wrote down of the samples of every step, file by file."""
+        return {path.name: path.read_text() for path in sorted((self.run / "ledger").iterdir())}
+
     def metrics_at(self, step: int) -> dict[str, Any]:
         """The training line of a step."""
         return next(line for line in self.metrics() if line["step"] == step and "train/loss" in line)
@@ -272,6 +277,7 @@ def assert_same(folder: Folder, outcomes: Sequence[Outcome], *, files: bool = Tr
         differing = [part for part, digest in theirs.ended.items() if mine.ended.get(part) != digest]
         assert not differing, f"rank {rank}: {', '.join(differing)} differ"
     assert folder.metrics() == other.metrics()
+    assert folder.ledger() == other.ledger()
     assert folder.checkpoints.incomplete() == []
     if files:
         mine, theirs = folder.contents(), other.contents()

@@ -44,6 +44,7 @@ def test_r7_resumed_from_every_step(n: int, layout: tuple[int, tuple[str, ...]],
                     differing = [part for part, digest in theirs.ended.items() if mine.ended[part] != digest]
                     assert not differing, differing
                 assert folder.metrics() == other.metrics()
+                assert folder.ledger() == other.ledger()
                 assert folder.samples(step) == other.samples(step)
 
 

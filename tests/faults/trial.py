@@ -26,6 +26,7 @@ import torch.distributed.fsdp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import ftlab.assembly
 import ftlab.data.tiny
 import ftlab.distributed.ddp
 import ftlab.distributed.fsdp
@@ -187,13 +188,19 @@ class Rank:
             self._flushed.add(os.readlink(f"/proc/self/fd/{fd}"))
 
         os.fsync = watched_fsync
-        ftlab.run.fit = watched_fit
-        loop.train_step, loop.evaluate_if_due = watched_step, watched_evaluation
-        disk.observer = self.note
+        _put(ftlab.run, "fit", watched_fit)
+        _put(loop, "train_step", watched_step)
+        _put(loop, "evaluate_if_due", watched_evaluation)
+        _put(disk, "observer", self.note)
         # Slow, and nothing that a kill could harm.
-        ftlab.loggers.recorder.draw_plots = lambda folder: []
-        ftlab.outputs.code_state = lambda: {"commit": None, "dirty": None}
-        ftlab.run.peak_flops = lambda *_: 1e12
+        _put(ftlab.loggers.recorder, "draw_plots", lambda folder: [])
+        _put(ftlab.outputs, "code_state", lambda: {"commit": None, "dirty": None})
+        _put(ftlab.assembly, "peak_flops", lambda *_: 1e12)
+
+
+def _put(module: Any, name: str, value: Any) -> None:
+    assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+    setattr(module, name, value)
 
 
 class _Noisy:
