@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -196,9 +197,11 @@ def test_r14_killed_while_old_ones_are_removed(n: int, tmp_path: Path) -> None:
                 check_best(folder, keep_best)
                 for name in FOREIGN if number % 5 else ():
                     assert (folder.checkpoints.folder / name / "own").read_text() == "not ftlab's", name
-                for name in FOREIGN:
-                    (folder.checkpoints.folder / name).mkdir(exist_ok=True)
-                    (folder.checkpoints.folder / name / "own").write_text("not ftlab's")
+                for name in FOREIGN:  # some look like what a user makes of a checkpoint
+                    theirs = folder.checkpoints.folder / name
+                    theirs.mkdir(exist_ok=True)
+                    shutil.copy(folder.checkpoints.complete()[-1].path / "MANIFEST.json", theirs)
+                    (theirs / "own").write_text("not ftlab's")
                 if number % 5 == 4:
                     assert_same(folder, folder.train())
                     for name in FOREIGN:
