@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 import ftlab.distributed.ddp
 import ftlab.distributed.fsdp
 import ftlab.loggers.recorder
-import ftlab.outputs
+import ftlab.outputs.folder
 import ftlab.run
 from ftlab.data.tiny import *  # noqa: F403 -- the rows that trials train on
 from ftlab.distributed.env import WorkerEnv
@@ -177,7 +177,7 @@ class Rank:
         disk.observer = self.note
         # Slow, and nothing that a kill could harm.
         ftlab.loggers.recorder.draw_plots = lambda folder: []
-        ftlab.outputs.code_state = lambda: {"commit": None, "dirty": None}
+        ftlab.outputs.folder.code_state = lambda: {"commit": None, "dirty": None}
         ftlab.run.peak_flops = lambda *_: 1e12
 
 
