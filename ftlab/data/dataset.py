@@ -1,47 +1,39 @@
 """A set for fine-tuning: rows → conversations → tokens and mask → arrays on disk → samples, or packs of them.
 
 ``Dataset`` is what a ``conf/dataset`` option describes. The steps are in rooms of their own: ``sources`` (rows),
-``formats`` (conversations), ``templates`` and ``encode`` (tokens and mask), ``tokenise`` (many of them), ``store`` and
-``cache`` (arrays on disk), ``split``, ``packing``, ``samples`` (what training and evaluation are handed), ``gate``.
+``fields`` and ``formats`` (conversations), ``templates`` and ``encode`` (tokens and mask), ``tokenise`` (many of them),
+``arrays``, ``store`` and ``cache`` (on disk), ``split``, ``packing``, ``samples`` (what training and evaluation are
+handed), ``gate`` and ``report`` (what is said about it).
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
+from ftlab.data.arrays import Choice, Progress, code_of, tokenised
 from ftlab.data.cache import cached, key_of
-from ftlab.data.cores import n_cores
 from ftlab.data.encode import Encoder
-from ftlab.data.filters import Filter
-from ftlab.data.formats import Format, Message
+from ftlab.data.formats import Format
 from ftlab.data.gate import Finding, Part, find, stop_or_tell
 from ftlab.data.packing import Packing, Plan, plan_packs
-from ftlab.data.problems import Problem, Refusal, check_allowed
+from ftlab.data.problems import Problem, check_allowed
 from ftlab.data.report import report_on
 from ftlab.data.samples import Packs, Samples
 from ftlab.data.shorten import TooLong
 from ftlab.data.show import N_EXAMPLES, as_html, examples, sample_html
-from ftlab.data.sources import Chunk, Source, open_source
+from ftlab.data.sources import Source, open_source
 from ftlab.data.split import draw_validation
-from ftlab.data.store import Store, StoreWriter
+from ftlab.data.store import Store
 from ftlab.data.templates import Template
-from ftlab.data.tokenise import Recipe, mapped_columns, tokenise
+from ftlab.data.tokenise import Recipe
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError, DataError
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
-
-_WORTH_PROCESSES = 1 << 25  # bytes of rows above which starting processes costs less than they save
 
 
 @dataclass(kw_only=True, eq=False)
@@ -147,22 +139,6 @@ class Dataset:
 
     def _tokenised(self, source: Source, name: str) -> Store:
         """The arrays of a source's rows, from the cache or made now."""
-        limit = self.max_samples if name == "train" else None
-        allow = ["*"] if self.inspecting else sorted(self.allow)
-        made_of = {
-            "code": _code_of(self.format, self.template, self.tokenizer),
-            "rows": source.fingerprint(),
-            "options": [self.filter, limit, self.seq_len, self.too_long, self.train_on_input, allow],
-            "columns": mapped_columns(self.format, self.column_map),
-            "tokenizer": self.tokenizer.fingerprint,
-            "format": _state_of(self.format),
-            "template": _state_of(self.template),
-        }
-        return Store(
-            cached(self.cache_dir, "rows", key_of(made_of), lambda folder: self._write(source, name, limit, folder))
-        )
-
-    def _write(self, source: Source, name: str, limit: int | None, folder: Path) -> None:
         recipe = Recipe(
             format=self.format,
             column_map=self.column_map,
@@ -172,22 +148,16 @@ class Dataset:
             seq_len=self.seq_len,
             too_long=self.too_long,
         )
-        refusal = Refusal(self.allow, goes_on=self.inspecting)
-        reader = _Reader(self.filter, limit, recipe)
-        size, unit = source.size()
-        n_workers = n_cores() if size * (1 if unit == "rows" else 1024) >= _WORTH_PROCESSES else 0
-        label = f"tokenising {name}, {unit}" if size else f"tokenising {name}"
-        bar = self.progress(label, size) if self.progress else nullcontext(lambda _: None)
-        with StoreWriter(folder, self.tokenizer.vocab_size) as writer, bar as advance:
-            told = 0
-            for chunk in tokenise(reader.chunks(source, refusal), recipe, writer, refusal, n_workers):
-                advance(chunk.done - told)
-                told = chunk.done
-            advance(size - told)
-            if reader.n_read == 0:
-                raise DataError(f"dataset: source={self.source} data_files={self.data_files} holds no rows")
-            problems = [vars(problem) for problem in refusal.problems]
-            writer.finish(rows_read=reader.n_read, filtered_rows=reader.n_filtered, problems=problems)
+        choice = Choice(
+            expression=self.filter,
+            limit=self.max_samples if name == "train" else None,
+            allow=tuple(sorted(self.allow)),
+            inspecting=self.inspecting,
+        )
+        store = tokenised(source, recipe, choice, self.cache_dir, self.progress, f"tokenising {name}")
+        if store.facts["rows_read"] == 0:
+            raise DataError(f"dataset: source={self.source} data_files={self.data_files} holds no rows")
+        return store
 
     # ---- arrays to samples
 
@@ -221,7 +191,7 @@ class Dataset:
             np.save(folder / "documents.npy", plan.documents)
             np.save(folder / "ends.npy", plan.ends)
 
-        key = key_of([samples.fingerprint(), self.seq_len, self.packing, _code_of()])
+        key = key_of([samples.fingerprint(), self.seq_len, self.packing, code_of()])
         folder = cached(self.cache_dir, "packs", key, write)
         plan = Plan(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in Plan._fields))
         return Packs(samples, plan, self.seq_len)
@@ -247,10 +217,6 @@ class Dataset:
             )
 
     # ---- what is said about it
-
-    def render_prompt(self, instruction: str, input: str = "") -> list[int]:
-        """The tokens that the model was taught to answer."""
-        return self.encoder().prompt([Message("user", instruction, False, input)])
 
     def encoder(self) -> Encoder:
         """What made the samples' tokens."""
@@ -340,70 +306,6 @@ class AlpacaDataset(Dataset):
         self.report["use_clean"] = self.use_clean
 
 
-class _Reader:
-    """Reads what is needed of a source, and counts what it leaves out."""
-
-    def __init__(self, expression: str | None, limit: int | None, recipe: Recipe):
-        self._filter = Filter(expression) if expression is not None else None
-        self._limit = limit
-        mapped = mapped_columns(recipe.format, recipe.column_map).values()
-        self._columns = sorted({*mapped, *(self._filter.names if self._filter else ())})
-        self._whole = hasattr(recipe.format, "regroup")
-        self.n_read = self.n_filtered = 0
-
-    def chunks(self, source: Source, refusal: Refusal) -> Iterator[Chunk]:
-        """The rows that are kept; at most ``limit`` are read."""
-        found = self._kept(source, refusal)
-        # A format that puts rows together needs to see them all: a group may go over the end of a chunk.
-        yield from [_joined(list(found))] if self._whole else found
-
-    def _kept(self, source: Source, refusal: Refusal) -> Iterator[Chunk]:
-        def refuse(problem: Problem) -> None:
-            self.n_read += 1
-            refusal(problem)
-
-        for chunk in source.chunks(self._columns, refuse):
-            rows = chunk.rows
-            if self._limit is not None:
-                rows = rows[: self._limit - self.n_read]
-            self.n_read += len(rows)
-            if self._filter is not None:
-                kept = [(n, row) for n, row in rows if self._filter.keeps(row, f"row {n} of {chunk.where}")]
-                self.n_filtered += len(rows) - len(kept)
-                rows = kept
-            if rows:
-                yield chunk._replace(rows=rows)
-            if self._limit is not None and self.n_read >= self._limit:
-                return
-
-
-def _joined(chunks: Sequence[Chunk]) -> Chunk:
-    if not chunks:
-        return Chunk("", [], 0)
-    return Chunk(chunks[0].where, [row for chunk in chunks for row in chunk.rows], chunks[-1].done)
-
-
 def _counted(problems: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     kinds = [problem["kind"] for problem in problems]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-
-
-def _state_of(thing: Any) -> list[Any]:
-    """Class and attributes of a format or template, as far as they decide what it does."""
-    state = thing.fingerprint if hasattr(thing, "fingerprint") else sorted((k, repr(v)) for k, v in vars(thing).items())
-    return [type(thing).__module__, type(thing).__qualname__, state]
-
-
-def _code_of(*things: Any) -> str:
-    """A digest of the code that makes samples: that of this package, and that of classes from elsewhere."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    for thing in things:
-        module = sys.modules[type(thing).__module__]
-        if (source := inspect.getsourcefile(module)) is not None:
-            files.append(Path(source))
-    return _digest_of(tuple(files))
-
-
-@cache
-def _digest_of(files: tuple[Path, ...]) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -116,23 +116,24 @@ class Encoder:
         messages = row.conversation.messages
         answer = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
         layout.start_row()
-        for part in row.parts:
-            i = part.message
-            trained = self._train_on_input or (i is not None and messages[i].trained)
-            is_answer = i is not None and i == answer
-            by_assistant = i is not None and messages[i].role == "assistant"
-            if part.control is not None:
-                token = self._control_id(part.control)
+        for text, i, name in row.parts:
+            trained, by_assistant = self._train_on_input, False
+            if i is not None:
+                message = messages[i]
+                trained, by_assistant = trained or message.trained, message.role == "assistant"
+            is_answer = i == answer
+            if name is not None:
+                token = self._control_id(name)
                 if token is not None:
-                    layout.add_control(token, trained, is_answer, by_assistant, begins=part.control == START)
+                    layout.add_control(token, trained, is_answer, by_assistant, begins=name == START)
             elif i is None and self._special is not None and not self._literal:
-                for piece in self._pieces(part.text):
+                for piece in self._pieces(text):
                     if piece.control is None:
                         layout.add_text(piece.text, trained, False, False)
                     else:
                         layout.add_control(self._specials[piece.control], trained, False, False)
             else:
-                layout.add_text(part.text, trained, is_answer, by_assistant)
+                layout.add_text(text, trained, is_answer, by_assistant)
 
     def _pieces(self, text: str) -> list[Part]:
         """The template's own text, split at the control tokens that stand in it, like ``[INST]`` in newer Mistrals."""
@@ -176,10 +177,9 @@ class _Layout:
         self.boundaries: list[tuple[int, int]] = []  # (text, character): where a run ends inside a text
         self._controls = array("i")  # per piece: the token, or -1 for the next of the texts
         self._row_starts = array("q")  # first piece of each row
-        self._run_trained = array("b")
+        self._run_kinds = array("b")  # 1 where it is trained, plus 2 where it is an assistant's message
         self._run_piece = array("q")  # per run: the piece that it ends with, or in
         self._run_boundary = array("q")  # per run: the boundary at which it ends, or -1 for its piece's end
-        self._run_answers = array("b")  # per run: whether an assistant's message begins with it
         self._answer_runs = array("q")  # per row: the run that its last answer begins with, or -1
         self._end_ids = array("i")  # per row
         self._open: list[str] = []  # the pieces of the text being put together
@@ -209,9 +209,9 @@ class _Layout:
             text = text.lstrip()
             self._strips = not text
         if self._open:
-            last = len(self._run_trained) - 1
+            last = len(self._run_kinds) - 1
             # Runs that follow each other alike are one, but an answer must not lose its start.
-            if self._run_trained[last] == trained and not by_assistant:
+            if self._run_kinds[last] & 1 == trained and not by_assistant:
                 self._open.append(text)
                 self._open_len += len(text)
                 return
@@ -226,11 +226,10 @@ class _Layout:
 
     def _add_run(self, trained: bool, is_answer: bool, by_assistant: bool) -> None:
         if is_answer and self._answer_runs[-1] < 0:
-            self._answer_runs[-1] = len(self._run_trained)
-        self._run_trained.append(trained)
+            self._answer_runs[-1] = len(self._run_kinds)
+        self._run_kinds.append(trained + 2 * by_assistant)
         self._run_piece.append(len(self._controls) - 1)
         self._run_boundary.append(-1)
-        self._run_answers.append(by_assistant)
 
     def _close(self) -> None:
         if self._open:
@@ -262,7 +261,8 @@ class _Layout:
         tokens[from_text] = text_tokens
         tokens[~from_text] = controls[~is_text]
 
-        run_trained = np.asarray(self._run_trained, dtype=bool)
+        run_kinds = np.asarray(self._run_kinds)
+        run_trained, by_assistant = run_kinds & 1 > 0, run_kinds & 2 > 0
         run_piece, run_boundary = np.asarray(self._run_piece), np.asarray(self._run_boundary)
         run_ends = ends[run_piece]
         inner = np.flatnonzero(run_boundary >= 0)
@@ -281,7 +281,7 @@ class _Layout:
         answer_runs = np.asarray(self._answer_runs)
         begins = np.concatenate([[0], run_ends])[np.maximum(answer_runs, 0)] - offsets[:-1]
         merged = np.zeros(len(row_starts), dtype=bool)
-        into_answer = inner[straddles & np.asarray(self._run_answers, dtype=bool)[inner + 1]] if len(inner) else inner
+        into_answer = inner[straddles & by_assistant[inner + 1]] if len(inner) else inner
         merged[np.searchsorted(row_starts, run_piece[into_answer], side="right") - 1] = True
         return Encoded(
             tokens=tokens,

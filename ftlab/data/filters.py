@@ -51,6 +51,8 @@ class Filter:
         try:
             tree = ast.parse(expression.strip(), mode="eval")
             self._evaluate = self._compile(tree.body)
+            if not self.names:
+                raise ValueError("it looks at no column")
         except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
             reason = getattr(error, "msg", None) or str(error) or type(error).__name__
             raise ConfigError(

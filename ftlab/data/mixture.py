@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftlab.data.dataset import Dataset, Progress
+from ftlab.data.arrays import Progress
+from ftlab.data.dataset import Dataset
 from ftlab.data.encode import Encoder
 from ftlab.data.gate import Finding
 from ftlab.data.order import shares

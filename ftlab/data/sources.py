@@ -130,12 +130,14 @@ class FileSource:
         """The files' rows, file by file."""
         first_row = n_before = 0
         for file in self.files:
+            size = file.stat().st_size
             with file.open("rb") as raw:
                 rows = file_rows(self.format, file, raw, columns, on_problem, first_row)
                 while held := list(itertools.islice(rows, _CHUNK_ROWS)):
                     first_row = held[-1][0] + 1
-                    yield Chunk(str(file), held, (n_before + raw.tell()) // 1024)
-            n_before += file.stat().st_size
+                    n_read = size if raw.closed else raw.tell()  # Arrow closes what it has read to the end
+                    yield Chunk(str(file), held, (n_before + n_read) // 1024)
+            n_before += size
 
 
 def file_digest(file: Path, cache_dir: Path | None) -> str:

@@ -8,7 +8,6 @@ is gone.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -277,24 +276,6 @@ class Team:
             assert text is not None
             store.set(key, text)
         return wait_for(store, key)
-
-    def share(self, name: str, write: Callable[[Path], None]) -> Path:
-        """A folder with what ``write(folder)`` puts into it, once for all ranks of this machine.
-
-        The first of them writes, under a lock and aside, and renames the folder when it is complete; the others
-        wait, outside of any collective.
-        """
-        folder = self.scratch / name
-        if self.worker.local_rank == 0:
-            with (self.scratch / f"{name}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not folder.exists():
-                    aside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=self.scratch))
-                    write(aside)
-                    aside.rename(folder)
-        while not folder.exists():
-            time.sleep(_POLL_S)
-        return folder
 
     @property
     def _store(self) -> dist.Store:

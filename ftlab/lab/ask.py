@@ -37,7 +37,9 @@ def ask(folder: Path, instruction: str, *, input: str, on_text: Callable[[str], 
     """
     config, export = _read(folder)
     tokenizer: Tokenizer = build(_beside(config["tokenizer"], export))
-    template: Template = build(config["dataset"]["template"])
+    dataset = config["dataset"]
+    dataset = dataset if "template" in dataset else next(iter(dataset["sets"].values()))  # a mixture's first
+    template: Template = build(dataset["template"])
     encoder = Encoder(tokenizer=tokenizer, template=template, train_on_input=False)
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(config["device"]))

@@ -21,7 +21,7 @@ from ftlab.run import beside_checkpoint
 
 
 def check_data(overrides: Sequence[str], folder: Path) -> int:
-    """Tell what is wrong with the data, show three samples, and write both into ``folder`` with a plot of lengths.
+    """Tell what is wrong with the data, show some samples, and write both into ``folder`` with a plot of lengths.
 
     Returns:
         The exit code: 0, or 2 when something would stop a run.
@@ -47,10 +47,12 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
     stopping = _tell(console, data)
     samples = data.train.samples if isinstance(data.train, Packs) else data.train
     for sample in examples(samples, N_EXAMPLES):
-        console.print(f"\n[bold]row {sample.sample_id}[/], {len(sample.tokens)} tokens, green is trained:")
+        key = "green is trained" if console.is_terminal else "what is between ⟦ and ⟧ is trained"
+        console.print(f"\n[bold]row {sample.sample_id}[/], {len(sample.tokens)} tokens, {key}:")
         text = Text()
         for run in shown(sample, tokenizer):
-            text.append(run.text, f"{'green' if run.trained else 'dim'}{' bold magenta' * run.control}")
+            style = ("bold " * run.control) + ("green" if run.trained else "dim")
+            text.append(run.text if console.is_terminal or not run.trained else f"⟦{run.text}⟧", style)
         console.print(text, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data_check.html").write_text(data.page(), encoding="utf-8")
@@ -65,7 +67,8 @@ def _tell(console: Console, data: Dataset) -> bool:
         if (part := data.report[name]) is not None:
             console.print(
                 f"[bold]{name:<11}[/]{part['rows']:,} rows, {part['samples']:,} samples, {part['tokens']:,} tokens, "
-                f"{part['target_tokens']:,} of them trained, longest row {part['max_row_tokens']:,}"
+                f"{part['target_tokens']:,} of them trained, longest row {part['max_row_tokens']:,}",
+                soft_wrap=True,
             )
     if isinstance(data.train, Packs):
         console.print(f"[bold]packs      [/]{len(data.train):,}, {data.train.efficiency():.1%} full")

@@ -12,6 +12,9 @@ from ftlab.training.card import model_card
 from ftlab.training.state import Progress
 
 INFO = RunInfo(
+    run_id="0a1b2c3d",
+    first_step=0,
+    logged_until=0,
     folder=Path("runs/x"), name="my run", config={"optimizer": {"lr": 2e-5}, "seq_len": 512, "seed": 0}, seed=0,
     total_steps=10, global_batch_size=8, model="2 blocks of 32", n_params=6_738_415_616,
     weights="meta-llama/Llama-2-7b-hf@main", dataset="tatsu-lab/alpaca", n_train_samples=52_002, n_val_samples=0,

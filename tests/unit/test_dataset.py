@@ -12,6 +12,8 @@ from ftlab import IGNORE_INDEX
 from ftlab.data.batch import collate
 from ftlab.data.dataset import AlpacaDataset, Dataset
 from ftlab.data.formats import Instruct, Message
+from ftlab.data.loader import BatchLoader
+from ftlab.data.mixture import Mixture
 from ftlab.data.split import draw_validation
 from ftlab.data.templates import BOS, EOS, AlpacaTemplate, Part, StanfordAlpacaTemplate, control
 from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
@@ -340,3 +342,77 @@ def test_files_without_rows_are_refused(make, tmp_path, name, content):
     file.write_text(content)
     with pytest.raises(DataError, match=r"a\.\w+ holds no rows"):
         make([], source=file.suffix[1:], data_files=str(file))
+
+
+def test_a_filter_that_keeps_nothing_tells_how_many_it_left_out(make):
+    with pytest.raises(DataError, match=r"none of 3 rows is left: 3 by dataset\.filter left out"):
+        make(rows(3), filter="output == 'absent'")
+
+
+def test_a_filter_keeps_rows_under_their_numbers(make):
+    dataset = make(rows(10), filter="output in ['a3', 'a7']")
+    assert [dataset.train.sample_id(i) for i in range(len(dataset.train))] == [3, 7]
+    assert (dataset.report["rows"], dataset.report["filtered_rows"]) == (10, 8)
+
+
+@pytest.mark.parametrize("packing", ["greedy", "best_fit"])
+def test_packs_hold_the_same_samples(make, packing):
+    plain, packed = make(rows(50)), make(rows(50), packing=packing)
+    documents = [sample for i in range(len(packed.train)) for sample in packed.train.sample(i).samples]
+    assert sorted(s.sample_id for s in documents) == list(range(50))
+    assert all(s.tokens.tolist() == plain.train.tokens(s.sample_id).tolist() for s in documents)
+    assert packed.train.n_targets() == plain.train.n_targets()
+    assert packed.report["packing"]["packs"] == len(packed.train) < 50
+    assert packed.fingerprint != plain.fingerprint
+
+
+# ---- mixtures --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mix(make, tmp_path):
+    """A mixture of two sets, of 10 and 30 rows."""
+
+    def mix_(weights, **changes):
+        def set_of(n):
+            def make_set(**runtime):
+                shared = {key: runtime[key] for key in ("tokenizer", "seq_len", "first_id", "inspecting")}
+                return make(rows(n), **shared | changes)
+
+            return make_set
+
+        values = {"source": "mixture", "sets": {"a": set_of(10), "b": set_of(30)}, "epoch_rows": None, "shuffle": True}
+        values |= {"group_by_length": False, "tokenizer": ByteTokenizer(), "seq_len": 64, "seed": 0}
+        return Mixture(**values, weights=weights, cache_dir=tmp_path / "cache", progress=None)
+
+    return mix_
+
+
+def test_a_mixture_takes_its_shares_and_tells_them(mix):
+    data = mix({"a": 3, "b": 1})
+    sets = data.report["sets"]
+    assert [sets[name]["rows_per_epoch"] for name in "ab"] == [30, 10]
+    assert [sets[name]["passes_per_epoch"] for name in "ab"] == [3.0, pytest.approx(1 / 3, abs=1e-6)]
+    loader = BatchLoader(
+        data.train, batch_size=4, gradient_accumulation_steps=1, shuffle=True, seed=0, dp_rank=0, dp_size=1, pad_id=0
+    )
+    seen = [[i for step in loader.steps(epoch) for batch in step for i in batch.sample_ids] for epoch in range(3)]
+    assert all(sum(i < 10 for i in epoch) == 30 for epoch in seen)
+    of_b = [i for epoch in seen for i in epoch if i >= 10]
+    assert sorted(of_b) == list(range(10, 40))  # three epochs of ten: each once
+    assert len(set(map(tuple, seen))) == 3
+    later = [[batch.sample_ids for batch in step] for step in loader.steps(2, start_step=4)]
+    assert later == [[batch.sample_ids for batch in step] for step in loader.steps(2)][4:]
+
+
+def test_a_mixtures_validation_rows_are_those_of_all_sets(mix):
+    data = mix({"a": 1, "b": 1}, val_fraction=0.1)
+    assert len(data.validation) == 1 + 3
+    assert data.validation.sample_id(0) < 10 <= data.validation.sample_id(1)
+    assert data.validation.answer(1).startswith("a")
+
+
+@pytest.mark.parametrize("weights", [{"a": 1}, {"a": 1, "b": 0}, {"a": 1, "b": -1}, {"a": 1, "b": 1, "c": 1}])
+def test_a_mixtures_weights_are_checked(mix, weights):
+    with pytest.raises(ConfigError, match=r"dataset\.weights"):
+        mix(weights)

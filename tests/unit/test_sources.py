@@ -1,15 +1,23 @@
 """Rows come in from every kind of file, and each kind of broken one names what is broken and where."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ftlab.data.fields import mapped_columns, row_fields
+from ftlab.data.filters import Filter
 from ftlab.data.formats import Instruct
 from ftlab.data.problems import Refusal
 from ftlab.data.sources import open_source
-from ftlab.data.tokenise import mapped_columns, row_fields
+from ftlab.data.strict_json import json_rows
 from ftlab.errors import ConfigError, DataError
 
 COLUMNS = {"instruction": "instruction", "input": "input", "output": "output", "family": None}
@@ -246,3 +254,203 @@ def test_instruction_and_output_have_to_be_mapped(field):
 def test_an_unknown_field_in_the_column_map_is_refused():
     with pytest.raises(ConfigError, match=r"dataset\.column_map\.answer: is no field"):
         read("tiny", answer="output")
+
+
+# ---- where files are, and what they are wrapped in -------------------------------------------------------
+
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("source", ["json", "jsonl", "csv"])
+def test_compressed_files_are_read_as_they_are(tmp_path, source, suffix):
+    plain = tmp_path / f"rows.{source}"
+    write(plain, ROWS)
+    packed = tmp_path / f"rows.{source}{suffix}"
+    if suffix == ".zst":
+        with pa.CompressedOutputStream(pa.OSFile(str(packed), "wb"), "zstd") as out:
+            out.write(plain.read_bytes())
+    else:
+        packed.write_bytes(PACK[suffix](plain.read_bytes()))
+    assert read(source, str(packed)) == ROWS
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(json.dumps(ROWS[0]).encode() * 100)[:-20])
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be read as jsonl"):
+        read("jsonl", str(file))
+
+
+def test_a_folder_gives_its_files_of_the_format_by_name(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl"):
+        write(tmp_path / name, [ROWS[0] | {"output": name}])
+    (tmp_path / "notes.txt").write_text("no rows")
+    assert outputs("jsonl", str(tmp_path)) == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+    with pytest.raises(ConfigError, match="no parquet file in the folder"):
+        read("parquet", str(tmp_path))
+
+
+def test_text_is_a_row_a_line_and_documents_are_a_row_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one\r\n\n  \ntwo naïve\n", encoding="utf-8-sig")
+    (tmp_path / "b.txt").write_text("three")
+
+    def texts(source):
+        return [row["text"] for chunk in opened(source, str(tmp_path)).chunks(None, Refusal()) for _, row in chunk.rows]
+
+    assert texts("text") == ["one", "two naïve", "three"]
+    assert texts("documents") == ["one\r\n\n  \ntwo naïve\n", "three"]
+
+
+# ---- one faulty row among others -------------------------------------------------------------------------
+
+
+def test_allowed_faults_cost_their_rows_alone_and_numbers_stay(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    good = json.dumps(ROWS[0])
+    broken = [
+        "{",
+        '{"instruction": "a", "instruction": "b", "input": "", "output": "c"}',
+        '{"instruction": NaN}',
+        "[1]",
+    ]
+    file.write_text("\n".join([good, *broken, "", good]))
+    refusal = Refusal(goes_on=True)
+    assert [number for number, _ in numbered("jsonl", str(file), refusal)] == [0, 5]
+    assert [(p.kind, p.row) for p in refusal.problems] == [
+        *(("broken_json", 1), ("duplicate_key", 2), ("nan_literal", 3), ("wrong_type", 4))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            '{"instruction": "a",\n "input": "",\n "output": "b", "output": "c"}',
+            r"rows\.json:4:17: the key 'output' stands",
+        ),
+        ('{"instruction": "a", "x": {"output": 1,\n "y": [NaN]}}', r"rows\.json:3:8: NaN is not JSON, in the key 'y'"),
+        ('{"instruction": "a", "x": -Infinity}', r"rows\.json:2:27: -Infinity is not JSON, in the key 'x'"),
+    ],
+)
+def test_what_json_does_not_have_names_line_column_and_key(tmp_path, row, said):
+    file = tmp_path / "rows.json"
+    file.write_text(f"[{json.dumps(ROWS[0])},\n{row}]")
+    with pytest.raises(DataError, match=said):
+        read("json", str(file))
+
+
+def test_a_key_in_two_objects_of_a_row_is_none_twice(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROWS[0] | {"x": [{"a": 1}, {"a": 2}], "a": {"a": 3}}))
+    assert read("jsonl", str(file)) == ROWS[:1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=4), st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=30),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=6,
+    ), max_size=4), max_size=30),
+    indent=st.sampled_from([None, 0, 2]),
+    ascii_only=st.booleans(),
+    block=st.integers(1, 64),
+)  # fmt: skip
+def test_an_array_is_read_as_a_stream_whatever_the_blocks(rows, indent, ascii_only, block):
+    content = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ftlab.data.strict_json._BLOCK", block)
+        refusal = Refusal()
+        assert [row for _, row in json_rows(io.BytesIO(content), "x.json", refusal, 0)] == rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), block=st.integers(1, 64))
+def test_a_fault_in_an_array_stands_where_the_standard_decoder_finds_it(data, block):
+    rows = [{"k": "é" * data.draw(st.integers(0, 9)), "n": [1, {"x": None}]} for _ in range(20)]
+    text = json.dumps(rows, indent=data.draw(st.sampled_from([None, 1])), ensure_ascii=False)
+    places = [i for i, char in enumerate(text) if char in ":,"]
+    at = data.draw(st.sampled_from(places))
+    text = text[:at] + "!" + text[at + 1 :]
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    refusal = Refusal(goes_on=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ftlab.data.strict_json._BLOCK", block)
+        read_rows = list(json_rows(io.BytesIO(text.encode()), "x.json", refusal, 0))
+    assert [row for _, row in read_rows] == rows[: len(read_rows)]
+    [problem] = refusal.problems
+    assert f"x.json:{expected.value.lineno}:{expected.value.colno}:" in problem.message
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------
+
+
+def test_a_pinned_revision_asks_no_network_and_decides_the_fingerprint(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", None)
+    prints = {opened("a/set", revision=c * 40, split=split).fingerprint() for c in "ab" for split in ("train", "test")}
+    assert len(prints) == 4
+
+
+def test_the_hubs_rows_are_read_at_the_commit_that_was_resolved(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load(repo_id, subset, *, split, revision):
+        asked.update(repo_id=repo_id, subset=subset, split=split, revision=revision)
+        return datasets.Dataset.from_list(ROWS * 700)
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: type("Info", (), {"sha": "c" * 40}))
+    source = opened("a/set", subset="x", revision="main")
+    rows = [row for chunk in source.chunks(["output", "input"], Refusal()) for row in chunk.rows]
+    assert asked == {"repo_id": "a/set", "subset": "x", "split": "train", "revision": "c" * 40}
+    assert [number for number, _ in rows] == list(range(1400))
+    assert rows[1][1] == {"input": "", "output": ROWS[1]["output"]}
+    assert source.size() == (1400, "rows")
+
+
+# ---- dataset.filter --------------------------------------------------------------------------------------
+
+ROW = {"output": "a text", "lang": "en", "score": 3, "tags": ["a", "b"], "none": None}
+
+
+@pytest.mark.parametrize(
+    ("expression", "keeps"),
+    [
+        ("len(output) > 5 and lang == 'en'", True),
+        ("score < 3 or 'b' in tags", True),
+        ("not lang in ['en', 'de']", False),
+        ("1 < score <= 3", True),
+        ("words(output) == 2 and startswith(lower(output), 'a ')", True),
+        ("none is None and score % 2 == 1", True),
+        ("score * 2 - 1 == 5 and -score < 0", True),
+    ],
+)
+def test_an_expression_keeps_what_it_says(expression, keeps):
+    assert Filter(expression).keeps(ROW, "row 0") is keeps
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *("__import__('os').system('x')", "output.upper()", "tags[0]", "(lambda: 1)()", "[t for t in tags]", "9 ** 9"),
+        *("f'{output}'", "x := 1", "", "open('x')", "len(output, key=1)", "output if 1 else 2", "print", "..."),
+    ],
+)
+def test_an_expression_can_do_nothing_but_look_at_a_row(expression):
+    with pytest.raises((ConfigError, DataError), match=r"dataset\.filter"):
+        Filter(expression).keeps(ROW, "row 0")
+
+
+def test_an_expression_that_does_not_apply_names_the_row():
+    with pytest.raises(DataError, match=r"row 7 has no column 'absent'; columns found: output, lang"):
+        Filter("absent > 1").keeps(ROW, "row 7")
+    with pytest.raises(DataError, match=r"does not apply to row 7: .*NoneType"):
+        Filter("none > 1").keeps(ROW, "row 7")
+    with pytest.raises(DataError, match="is no number"):
+        Filter("output * 1000000000 == ''").keeps(ROW, "row 7")

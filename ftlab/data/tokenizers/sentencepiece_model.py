@@ -83,6 +83,14 @@ class SentencePieceTokenizer:
         (folder / MODEL_FILE).write_bytes(self._proto)
         save_for_transformers(self._as_hf, folder, special_names(self._spec), self.chat_template)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the parsed protobuf, which cannot be sent to another process; it is parsed again there."""
+        return {name: value for name, value in vars(self).items() if name not in ("_spec", "_as_hf")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._spec = parse_model(self._proto, Path("tokenizer.model"))
+
     @cached_property
     def _as_hf(self) -> HFTokenizer:
         return as_hf(self._spec)
