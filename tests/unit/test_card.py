@@ -19,7 +19,6 @@ INFO = RunInfo(
     total_steps=10, global_batch_size=8, model="2 blocks of 32", n_params=6_738_415_616,
     weights="meta-llama/Llama-2-7b-hf@main", dataset="tatsu-lab/alpaca", n_train_samples=52_002, n_val_samples=0,
     device="CPU", precision="float32 weights, bfloat16 arithmetic", next_commands=(),
-    run_id="x", first_step=0, logged_until=0,
 )  # fmt: skip
 PROGRESS = Progress(step=10, tokens=12_345)
 
