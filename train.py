@@ -49,15 +49,15 @@ def run_job(cfg: DictConfig) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from ftlab import outputs
     from ftlab.config.check import check_job
     from ftlab.jobs import launch
+    from ftlab.outputs.secrets import mask_files
 
     runtime = HydraConfig.get()
     sweeps = runtime.mode == RunMode.MULTIRUN
-    outputs.mask_files(Path(runtime.runtime.output_dir) / (runtime.output_subdir or ""))
+    mask_files(Path(runtime.runtime.output_dir) / (runtime.output_subdir or ""))
     if sweeps:
-        outputs.mask_files(Path(runtime.sweep.dir))  # the sweep's own multirun.yaml
+        mask_files(Path(runtime.sweep.dir))  # the sweep's own multirun.yaml
     try:
         # A process of its own for each job of a sweep: nothing of one run is left for the next to trip over.
         return launch(check_job(cfg), own_process=sweeps)

@@ -33,7 +33,9 @@ from ftlab.models.resize import compare_specials, fit_vocabulary
 from ftlab.models.transformer import Transformer
 from ftlab.models.weights import load_weights
 from ftlab.optim.groups import decay_groups
-from ftlab.outputs import RunFolder, mask_secrets, shortest
+from ftlab.outputs.files import shortest
+from ftlab.outputs.folder import RunFolder
+from ftlab.outputs.secrets import mask_secrets
 from ftlab.storage.checkpoints import Checkpoints, less_is_better
 from ftlab.training import rng
 from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened

@@ -108,7 +108,7 @@ def _verify_resume(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from ftlab.lab.resume import verify_resume
-    from ftlab.outputs import shortest
+    from ftlab.outputs.files import shortest
 
     compared, folder = verify_resume(arguments.overrides, arguments.steps)
     table = Table(title=f"{arguments.steps} steps straight, against a SIGKILL in between and a resume")

@@ -31,7 +31,7 @@ from ftlab.distributed.launch import (
 )
 from ftlab.distributed.started import group_of_this_process, leads
 from ftlab.errors import ConfigError, FtlabError, Interrupted
-from ftlab.outputs import RunFolder
+from ftlab.outputs.folder import RunFolder
 from ftlab.run import Config, train, train_in_team
 from ftlab.training.wishes import ending_on_signals
 

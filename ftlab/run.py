@@ -27,7 +27,9 @@ from ftlab.distributed.launch import (
 )
 from ftlab.errors import ConfigError, ConfigErrors, FtlabError, Interrupted
 from ftlab.loggers.recorder import Recorder
-from ftlab.outputs import RunFolder, Status, setup_logging, shortest
+from ftlab.outputs.files import shortest
+from ftlab.outputs.folder import RunFolder, Status
+from ftlab.outputs.logs import setup_logging
 from ftlab.session import Source, open_new, reopen, source_of
 from ftlab.training.card import model_card
 from ftlab.training.checkpoint import CheckpointConfig, open_checkpoint

@@ -15,7 +15,7 @@ from ftlab.distributed.launch import (
     attempt,
 )
 from ftlab.errors import CheckpointError
-from ftlab.outputs import RunFolder, read_record
+from ftlab.outputs.folder import RunFolder, read_record
 from ftlab.storage.addresses import Address, candidates, find_run
 from ftlab.storage.checkpoints import Checkpoints, Found, verify
 from ftlab.training import ledger

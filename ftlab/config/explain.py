@@ -11,7 +11,7 @@ from ftlab.config.layers import Setting, leaves
 from ftlab.config.resolve import resolve
 from ftlab.config.rules import as_typed
 from ftlab.errors import ConfigError, ConfigErrors
-from ftlab.outputs import mask_secrets
+from ftlab.outputs.secrets import mask_secrets
 
 
 def explain(key: str, overrides: Sequence[str] = ()) -> str:

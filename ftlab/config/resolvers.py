@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ftlab.outputs import mask_secrets
+from ftlab.outputs.secrets import mask_secrets
 
 _MAX_SUBDIR_CHARS = 120  # file systems allow 255 bytes a name; a shell prompt and a table want fewer
 

@@ -21,7 +21,7 @@ from ftlab.config.compose import Composition, compose, hydra_globals
 from ftlab.config.layers import leaves
 from ftlab.config.resolve import resolve
 from ftlab.errors import CheckpointError, ConfigError, ConfigErrors
-from ftlab.outputs import read_record
+from ftlab.outputs.folder import read_record
 from ftlab.storage.addresses import Address, candidates, find_run, told
 
 KEY = "resume"

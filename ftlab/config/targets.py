@@ -1,7 +1,7 @@
 """The objects a configuration names in ``_target_``: which are allowed, and whether their arguments fit.
 
 ``_target_`` is code that a text file runs, so the list of what may run is short, and it is checked twice: the
-name before anything is imported, and the object that the name led to (``ftlab.outputs.os.system`` begins well).
+name before anything is imported, and the object that the name led to (``ftlab.outputs.folder.os.system`` begins well).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from ftlab.data.loader import BatchLoader
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError
 from ftlab.models.hub import resolve_checkpoint
-from ftlab.outputs import read_record
+from ftlab.outputs.folder import read_record
 from ftlab.training.ledger import seen_at
 from ftlab.training.loop import TrainerConfig
 

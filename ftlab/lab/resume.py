@@ -16,7 +16,7 @@ from ftlab.config.resume import resumed_config
 from ftlab.errors import FtlabError
 from ftlab.jobs import launch
 from ftlab.loggers.base import RunInfo
-from ftlab.outputs import to_json
+from ftlab.outputs.files import to_json
 from ftlab.storage.addresses import told
 from ftlab.storage.checkpoints import Checkpoints, Found
 from ftlab.storage.disk import replace_file

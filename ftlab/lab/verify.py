@@ -24,7 +24,7 @@ from ftlab.distributed.launch import leave, meet, meet_team, start_workers
 from ftlab.distributed.started import group_of_this_process
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.loggers.recorder import Recorder
-from ftlab.outputs import RunFolder
+from ftlab.outputs.folder import RunFolder
 from ftlab.training.loop import remaining_steps, train_step
 
 Config = dict[str, Any]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ftlab.outputs import Status
+from ftlab.outputs.folder import Status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from ftlab.loggers.base import RunInfo
-from ftlab.outputs import Status, shortest
+from ftlab.outputs.files import shortest
+from ftlab.outputs.folder import Status
 
 _PLAIN_EVERY_S = 10.0
 _PLAIN_EVERY_FRACTION = 0.05

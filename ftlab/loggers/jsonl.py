@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ftlab.loggers.base import RunInfo
-from ftlab.outputs import Status, append_jsonl, to_json
+from ftlab.outputs.files import append_jsonl, to_json
+from ftlab.outputs.folder import Status
 
 
 class JsonlLogger:

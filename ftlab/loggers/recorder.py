@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlab.loggers.base import Logger, RunInfo
-from ftlab.outputs import RunFolder, Status
+from ftlab.outputs.folder import RunFolder, Status
 from ftlab.plots import draw_plots
 
 log = logging.getLogger(__name__)

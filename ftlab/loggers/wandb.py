@@ -26,7 +26,9 @@ from urllib.parse import urlsplit
 import psutil
 
 from ftlab.loggers.base import RunInfo
-from ftlab.outputs import Status, mask_secrets, shortest
+from ftlab.outputs.files import shortest
+from ftlab.outputs.folder import Status
+from ftlab.outputs.secrets import mask_secrets
 
 _log = logging.getLogger(__name__)
 

@@ -114,8 +114,10 @@ class HFModel:
         try:
             theirs = config.theirs
             known = type(theirs) in _transformers().AutoModelForCausalLM._model_mapping
-        except (ValueError, KeyError, ImportError, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except ConfigError:
+            raise
+        except Exception as error:  # what it says of a file it cannot use differs from one release to the next
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise ConfigError(KEY, f"transformers cannot build {folder / CONFIG}: {reason}") from error
         if not known:
             kind = next(iter(raw.get("architectures") or []), raw.get("model_type"))

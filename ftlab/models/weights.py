@@ -66,7 +66,8 @@ def stored_tensors(
     else:
         layout = model.open_folder(folder)
     parameters = dict(model.named_parameters())
-    _compare_shapes(parameters, layout, folder)
+    if misfit := _misfit(parameters, layout):
+        raise _another_architecture(folder, misfit)
     ours = {theirs: ours for ours, theirs in layout.names.items()}
     for name, stored in layout.tensors.items():
         if ours.get(name) in parameters:
@@ -89,39 +90,51 @@ def compare_sizes(config: ModelConfig, folder: Path, but: Collection[str]) -> No
     """Refuse a folder whose config.json or params.json contradicts ``config``, in other keys than ``but``.
 
     Raises:
-        ConfigError: naming the key and both values.
-        ConfigErrors: when it contradicts several keys.
+        ConfigError: naming the key and both values; or, for a folder of quite another model, all of them.
+        ConfigErrors: when it contradicts two keys.
     """
     file, sizes = described_sizes(folder)
-    problems = []
-    for key, theirs in sizes.items():
-        if key in but or key == "max_seq_len":  # what a user may choose
-            continue
-        value = getattr(config, key)
-        same = value == theirs or (isinstance(theirs, float) and math.isclose(value, theirs, rel_tol=1e-6))
-        if not same:
-            plain = theirs is None or isinstance(theirs, (int, float))
-            fix = f"model.{key}={'null' if theirs is None else theirs}" if plain else "model=auto"
-            problems.append(ConfigError(f"model.{key}", f"{value}, but {folder / file} says {theirs}", fix))
-    if problems:
-        rows = sizes.get("vocab_size", config.vocab_size) if "vocab_size" in but else config.vocab_size
-        problems += _misfit(config.replace(vocab_size=rows), folder)
-        raise problems[0] if len(problems) == 1 else ConfigErrors(problems)
+    differing = {key: (getattr(config, key), theirs) for key, theirs in sizes.items() if key not in but}
+    differing.pop("max_seq_len", None)  # a user's to choose
+    differing = {key: (ours, theirs) for key, (ours, theirs) in differing.items() if not _equal(ours, theirs)}
+    if not differing:
+        return
+    rows = sizes.get("vocab_size", config.vocab_size) if "vocab_size" in but else config.vocab_size
+    misfit = _first_misfit(config.replace(vocab_size=rows), folder)
+    if len(differing) > 2:
+        values = ", ".join(f"{key} {theirs} instead of {ours}" for key, (ours, theirs) in differing.items())
+        raise _another_architecture(folder, f"{file} says {values}" + (f"; {misfit}" if misfit else ""))
+    problems: list[ConfigError] = []
+    for key, (ours, theirs) in differing.items():
+        plain = theirs is None or isinstance(theirs, (int, float))
+        fix = f"model.{key}={'null' if theirs is None else theirs}" if plain else "model=auto"
+        problem = f"{ours}, but {folder / file} says {theirs}" + (f"; {misfit}" if misfit and not problems else "")
+        problems.append(ConfigError(f"model.{key}", problem, fix))
+    raise problems[0] if len(problems) == 1 else ConfigErrors(problems)
 
 
-def _misfit(config: ModelConfig, folder: Path) -> list[ConfigError]:
-    """What ``_compare_shapes`` says of a folder, if its weights are here already and the model can be built."""
+def _equal(ours: object, theirs: object) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)
+    return ours == theirs
+
+
+def _another_architecture(folder: Path, how: str) -> ConfigError:
+    return ConfigError(KEY, f"{folder} holds another architecture: {how}", f"model=auto {KEY}={folder}")
+
+
+def _first_misfit(config: ModelConfig, folder: Path) -> str | None:
+    """As ``_misfit``, of a model that is not built, and weights that may not be here yet."""
     try:
         with torch.device("meta"):
             parameters = dict(config.build().named_parameters())
-        _compare_shapes(parameters, open_folder(folder, config), folder)
-    except ConfigError as problem:
-        return [problem] if "holds another architecture" in problem.problem else []
-    return []
+        return _misfit(parameters, open_folder(folder, config))
+    except ConfigError:
+        return None
 
 
-def _compare_shapes(parameters: Mapping[str, Tensor], layout: Layout, folder: Path) -> None:
-    """Refuse a folder that lacks a tensor, has one too many, or has one of another shape."""
+def _misfit(parameters: Mapping[str, Tensor], layout: Layout) -> str | None:
+    """The first tensor that a folder lacks, has one too many of, or has in another shape, and how many there are."""
     missing, misshaped = [], []
     for name, parameter in parameters.items():
         theirs, shape = layout.names[name], tuple(parameter.shape)
@@ -136,13 +149,12 @@ def _compare_shapes(parameters: Mapping[str, Tensor], layout: Layout, folder: Pa
         if name not in layout.names.values()
     ]
     problems = [*misshaped, *missing, *unexpected]
-    if problems:
-        raise ConfigError(
-            KEY,
-            f"{folder} holds another architecture: {problems[0]}; of the model's {len(parameters)} tensors "
-            f"{len(misshaped)} differ in shape, {len(missing)} are absent; {len(unexpected)} are left over",
-            fix=f"model=auto {KEY}={folder}",
-        )
+    if not problems:
+        return None
+    return (
+        f"{problems[0]}; of the model's {len(parameters)} tensors "
+        f"{len(misshaped)} differ in shape, {len(missing)} are absent; {len(unexpected)} are left over"
+    )
 
 
 def export_weights(

@@ -20,7 +20,7 @@ from ftlab.errors import FtlabError
 from ftlab.models.auto import AnyModel
 from ftlab.models.shards import held_rows, this_rank
 from ftlab.models.weights import export_weights, load_weights, stored_tensors
-from ftlab.outputs import to_json
+from ftlab.outputs.files import to_json
 from ftlab.storage import disk
 
 MANIFEST = "MANIFEST.json"

@@ -18,7 +18,7 @@ from pathlib import Path
 from ftlab.data.batch import Batch
 from ftlab.data.loader import BatchLoader
 from ftlab.distributed.base import Parallelism
-from ftlab.outputs import append_jsonl
+from ftlab.outputs.files import append_jsonl
 from ftlab.storage.disk import replace_file
 
 log = logging.getLogger(__name__)

@@ -80,10 +80,10 @@ def test_a_config_error_of_a_node_inside_does_too() -> None:
     "target",
     [
         "os.system",  # the name is not allowed
-        "ftlab.outputs.mask_secrets",  # ours, but a function
-        "ftlab.outputs.Path",  # a class, but another's
+        "ftlab.outputs.secrets.mask_secrets",  # ours, but a function
+        "ftlab.outputs.folder.Path",  # a class, but another's
         "ftlab.losses.Tensor",
-        "ftlab.outputs.os.system",
+        "ftlab.outputs.folder.os.system",
     ],
 )
 def test_only_classes_that_ftlab_itself_defines_are_built(target: str) -> None:

@@ -31,7 +31,7 @@ import ftlab.data.tiny
 import ftlab.distributed.ddp
 import ftlab.distributed.fsdp
 import ftlab.loggers.recorder
-import ftlab.outputs
+import ftlab.outputs.folder
 import ftlab.run
 from ftlab.distributed.env import WorkerEnv
 from ftlab.losses import Loss
@@ -194,7 +194,7 @@ class Rank:
         _put(disk, "observer", self.note)
         # Slow, and nothing that a kill could harm.
         _put(ftlab.loggers.recorder, "draw_plots", lambda folder: [])
-        _put(ftlab.outputs, "code_state", lambda: {"commit": None, "dirty": None})
+        _put(ftlab.outputs.folder, "code_state", lambda: {"commit": None, "dirty": None})
         _put(ftlab.assembly, "peak_flops", lambda *_: 1e12)
 
 

@@ -215,7 +215,7 @@ def test_the_window_is_the_one_that_transformers_would_use(folder, changes, wind
 def test_weights_of_another_family_are_refused(folder):
     config = ModelConfig(**read_config(folder), checkpoint=None)
     model = config.replace(family="mistral").build()
-    with pytest.raises(ConfigErrors, match=r"model\.family: mistral, but .*config\.json says qwen2"):
+    with pytest.raises(ConfigError, match=r"model\.family: mistral, but .*config\.json says qwen2"):
         load_weights(model, folder)
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"k_proj\.bias .* has no place in the model.* 9 are left over"):

@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt_neox": SIZES,
     "gemma2": SIZES | {"final_logit_softcapping": 0.5, "attn_logit_softcapping": 0.5, "sliding_window": 5},
     "phi3": SIZES,
+    "qwen3": SIZES,
     "gpt2": {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }
 LOSS = CrossEntropy(label_smoothing=0.0, z_loss=0.0)
@@ -190,6 +191,15 @@ def test_what_is_no_causal_model_is_refused_by_name(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": ["T5ForNothing"]}))
     with pytest.raises(ConfigError, match=r"T5ForNothing|nonsense"):
         HFModel(checkpoint=str(tmp_path)).read(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": None}])
+def test_a_config_that_transformers_cannot_use_is_refused(change, tmp_path):
+    saved("phi3", tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError):
+        find_model(HFModel(checkpoint=str(tmp_path)))[0].build()
 
 
 def test_a_tensor_of_another_model_is_refused(tmp_path):

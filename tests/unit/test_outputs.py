@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ftlab import outputs
-from ftlab.outputs import RunFolder, append_jsonl, mask_files, mask_secrets, setup_logging
+from ftlab.outputs.files import append_jsonl
+from ftlab.outputs.folder import RunFolder
+from ftlab.outputs.logs import setup_logging
+from ftlab.outputs.secrets import mask_files, mask_secrets
 
 
 @pytest.fixture

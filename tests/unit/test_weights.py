@@ -239,14 +239,23 @@ def test_every_contradicting_key_is_reported_at_once(tmp_path):
     folder = export(model_of(small(vocab_size=64, norm_eps=1e-6)), tmp_path)
     with pytest.raises(ConfigErrors) as caught:
         loaded(folder, small())
-    assert [problem.key for problem in caught.value.problems] == [
-        "model.vocab_size",
-        "model.norm_eps",
-        "model.checkpoint",
-    ]
-    shapes = caught.value.problems[-1].problem
+    assert [problem.key for problem in caught.value.problems] == ["model.vocab_size", "model.norm_eps"]
+    shapes = caught.value.problems[0].problem
     assert "model.embed_tokens.weight is (64, 64), the model's embedding.weight is (60, 64)" in shapes
     assert "21 tensors 2 differ in shape" in shapes
+
+
+def test_quite_another_model_is_told_in_one_error(tmp_path):
+    folder = export(model_of(small(dim=32, n_layers=3, n_kv_heads=2)), tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        loaded(folder, small())
+    assert len(str(caught.value).splitlines()) == 2
+    for fact in (
+        "dim 32 instead of 64", "n_layers 3 instead of 2",
+        "model.embed_tokens.weight is (60, 32), the model's embedding.weight is (60, 64)",
+        "of the model's 21 tensors 21 differ in shape, 0 are absent; 9 are left over",
+    ):  # fmt: skip
+        assert fact in caught.value.problem
 
 
 def test_meta_params_are_compared_too(tmp_path):
