@@ -38,7 +38,7 @@ from ftlab.outputs.folder import RunFolder
 from ftlab.outputs.secrets import mask_secrets
 from ftlab.storage.checkpoints import Checkpoints, less_is_better
 from ftlab.training import rng
-from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened
+from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened, require_space
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.loop import Run, TrainerConfig
 from ftlab.training.metrics import training_flops
@@ -139,6 +139,14 @@ def assemble(
         recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit})
     tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], config["model"]["checkpoint"], pretrained))
     model_config = with_vocabulary(model_config, pretrained, tokenizer, opened)
+    if worker.rank == 0 and recorder.folder.writes:
+        require_space(
+            build(config["checkpoint"]),
+            Checkpoints(recorder.folder.path / "checkpoints"),
+            model_config.n_params(),
+            build(config["precision"]).weights,
+            build(config["optimizer"]),
+        )
     data: Dataset = build(
         config["dataset"],
         tokenizer=tokenizer,

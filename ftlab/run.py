@@ -70,6 +70,14 @@ def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
         folder = folder or RunFolder(path, writes=False)
     assert folder is not None
     setup_logging(folder.path, worker.rank)
+    try:
+        return _train_in(folder, config, worker, team)
+    finally:
+        folder.unlock()
+
+
+def _train_in(folder: RunFolder, config: Config, worker: WorkerEnv, team: Team | None) -> int:
+    first = worker.rank == 0
     source = source_of(folder, config, worker, team)
     recorder = Recorder(folder, [build(node) for node in config["logger"].values()] if first else [])
     with ending_on_signals() if team is None else nullcontext():
