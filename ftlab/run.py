@@ -31,6 +31,7 @@ from ftlab.distributed.launch import (
 )
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError, ConfigErrors, DataError, FtlabError
+from ftlab.forecast import MemoryMeter, Setting, available_bytes, forecast_or_none, refuse_unfit
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
 from ftlab.models.resize import compare_specials, fit_vocabulary
@@ -41,7 +42,8 @@ from ftlab.outputs import RunFolder, Status, mask_secrets, setup_logging
 from ftlab.training.checkpoint import CheckpointConfig, export_model
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.loop import Run, TrainerConfig, fit
-from ftlab.training.metrics import training_flops
+from ftlab.training.metrics import GIB, training_flops
+from ftlab.training.rehearse import Rehearsal
 from ftlab.training.state import TrainState
 
 Config = dict[str, Any]
@@ -190,7 +192,7 @@ def _train(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team | N
     try:
         fit(run)
     finally:
-        folder.update(progress=asdict(progress))
+        folder.update(progress=asdict(progress), memory=experiment.memory())
         # The last line's speed is one step's; the summary wants the run's.
         recorder.latest |= {"perf/tokens_per_s": progress.tokens / progress.train_s} if progress.train_s else {}
     keep: CheckpointConfig = build(config["checkpoint"])
@@ -212,6 +214,13 @@ class Experiment:
     model_config: ModelConfig
     data: InstructDataset
     run: Run
+    predicted: Rehearsal | None
+    meter: MemoryMeter
+
+    def memory(self) -> dict[str, float | None]:
+        """For run.json: GiB of this rank, predicted before the run and measured in it."""
+        predicted = None if self.predicted is None else self.predicted.peak / GIB
+        return {"predicted_peak_gib": predicted, "measured_peak_gib": self.meter.peak_gib()}
 
     def info(self, folder: Path) -> RunInfo:
         """What loggers are told at the start."""
@@ -261,6 +270,8 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
             loss=replace(build(config["loss"]), label_smoothing=0.0, z_loss=0.0),
             on_samples=recorder.log_samples,
         )
+    predicted = _forecast(config, model_config, data, worker)
+    meter = MemoryMeter(worker.device)
     run = assemble_run(
         config,
         model_config,
@@ -273,7 +284,32 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
         worker,
         tokenizer.new_ids,
     )
-    return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, data=data, run=run)
+    return Experiment(
+        config=config,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        data=data,
+        run=run,
+        predicted=predicted,
+        meter=meter,
+    )
+
+
+def _forecast(config: Config, model_config: ModelConfig, data: InstructDataset, worker: WorkerEnv) -> Rehearsal | None:
+    """What the run will take of memory; refused where that is clearly not there."""
+    longest = {name: part["max_row_tokens"] for name in ("train", "validation") if (part := data.report[name])}
+    setting = Setting(
+        longest=min(longest["train"], config["seq_len"]),
+        longest_validation=min(longest["validation"], config["seq_len"]) if "validation" in longest else None,
+        n_ranks=worker.world_size,
+        n_local_ranks=worker.local_world_size,
+        on_cuda=worker.device.type == "cuda",
+    )
+    predicted = forecast_or_none(config, model_config, setting)
+    if predicted is not None:
+        available = available_bytes(worker.device, worker.local_world_size)
+        refuse_unfit(predicted, available, config, model_config, setting, describe_device(worker.device))
+    return predicted
 
 
 def assemble_run(

@@ -15,6 +15,7 @@ FLOORS = [
     {"outputs", "plots"},
     {"config", "data", "distributed", "losses", "loggers", "models", "optim"},
     {"training"},
+    {"forecast"},
     {"run"},
     {"jobs"},
     {"lab"},
