@@ -110,7 +110,7 @@ def refuse_unfit(
     told = ", ".join(f"{name} {n_bytes / GIB:.1f}" for name, n_bytes in parts.items())
     rest = (needed - sum(parts.values())) / GIB
     told += f", activations and buffers {rest:.1f}" if rest > 0 else ""
-    change = smallest_change(config, model, setting, available)
+    change = smallest_change(rehearsal, config, model, setting, available)
     raise ConfigError(
         "memory",
         f"each rank needs {needed / GIB:.1f} GiB ({told}), but {device} has {available / GIB:.1f} available",
@@ -130,13 +130,25 @@ class Change:
     n_ranks: int
 
 
-def smallest_change(config: Config, model: ModelConfig, setting: Setting, available: int) -> Change | None:
-    """The first of `changes` under which the run fits into ``available`` bytes; None if none does."""
-    for change in changes(config, setting):
+def smallest_change(
+    rehearsal: Rehearsal, config: Config, model: ModelConfig, setting: Setting, available: int
+) -> Change | None:
+    """The first of `changes` under which the run fits into ``available`` bytes; None if none does.
+
+    Args:
+        rehearsal: of the run as it is, which does not fit.
+    """
+    said: list[str] = []
+    size = config["trainer"]["batch_size"]
+    if rehearsal.phases["evaluation"] > available and config["evaluation"]["batch_size"] > size:
+        said = [f"evaluation.batch_size={size}"]  # costs nothing but a little time, and nothing else helps there
+        config = _with(config, evaluation={"batch_size": size})
+    unchanged = [Change([], config, setting.n_ranks)] if said else []
+    for change in (*unchanged, *changes(config, setting)):
         changed = replace(setting, n_ranks=change.n_ranks, n_local_ranks=min(change.n_ranks, 8))
-        rehearsal = forecast_or_none(change.config, model, changed)
-        if rehearsal is not None and rehearsal.peak <= available:
-            return change
+        found = forecast_or_none(change.config, model, changed)
+        if found is not None and found.peak <= available:
+            return replace(change, overrides=[*said, *change.overrides])
     return None
 
 

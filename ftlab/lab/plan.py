@@ -86,7 +86,7 @@ def plan(overrides: Sequence[str], given: Given) -> dict[str, Any]:
     rehearsal = forecast(config, model, setting)
     available = int(given.memory_gib * GIB) if given.memory_gib is not None else available_bytes(device, n_local)
     fits = rehearsal.peak <= available
-    change = None if fits else smallest_change(config, model, setting, available)
+    change = None if fits else smallest_change(rehearsal, config, model, setting, available)
     accumulation = build(config["trainer"]).accumulation_steps(n_ranks)
     return {
         "model": {

@@ -10,7 +10,7 @@ from rich.table import Table
 
 def print_plan(plan: dict[str, Any]) -> None:
     """Print what `plan.plan` found."""
-    console = Console()
+    console = Console(width=max(Console().width, 110))
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(plan):
         table.add_row(f"[bold]{name}", value)
@@ -60,7 +60,7 @@ def _number(value: int | None, unknown: str = "unknown") -> str:
 
 def _memory(memory: dict[str, Any]) -> Table:
     table = Table(title="GiB live at once on each rank", title_justify="left", pad_edge=False)
-    for column in ("phase", "weights", "optimizer state", "gradients, activations, buffers", "sum"):
+    for column in ("phase", "weights", "optimizer state", "gradients, activations, buffers", "in all"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase, total in memory["phases_gib"].items():
         state = 0.0 if phase in ("load", "first forward and backward") else memory["optimizer_state_gib"]
