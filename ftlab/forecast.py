@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def changes(config: Config, setting: Setting) -> Iterator[Change]:
     if sizes:
         least, said = _with(least, trainer=sizes[-1][1]), [*said, *sizes[-1][0]]
     if setting.on_cuda:
-        yield from _over_more_ranks(least, said, setting.n_ranks)
+        yield from _over_more_ranks([([], config), (said, least)], setting.n_ranks)
     for group, option in (("precision", "bf16_mixed"), ("precision", "bf16"), ("optimizer", "sgd")):
         if config[group] != _option(group, option):
             said = [one for one in said if not one.startswith(f"{group}=")] + [f"{group}={option}"]
@@ -199,18 +199,19 @@ def _smaller_batches(trainer: Config, n_ranks: int) -> Iterator[tuple[list[str],
             yield said, {"batch_size": size}
 
 
-def _over_more_ranks(config: Config, said: list[str], n_ranks: int) -> Iterator[Change]:
+def _over_more_ranks(variants: Sequence[tuple[list[str], Config]], n_ranks: int) -> Iterator[Change]:
+    """Each of ``variants`` (what was said, what it led to) sharded over more and more ranks; then offloaded."""
     sharded = _option("parallelism", "fsdp")
-    kept = {key: value for key, value in config["parallelism"].items() if key in sharded and key != "_target_"}
     for ranks in (2, 4, 8, 16, 32, 64):
-        if ranks >= n_ranks:
-            where = {"nproc_per_node": min(ranks, 8), "nnodes": math.ceil(ranks / 8)}
-            over = [f"parallelism.{key}={value}" for key, value in where.items() if value > 1]
+        where = {"nproc_per_node": min(ranks, 8), "nnodes": math.ceil(ranks / 8)}
+        over = [f"parallelism.{key}={value}" for key, value in where.items() if value > 1]
+        for said, config in variants if ranks >= n_ranks else ():
+            kept = {"activation_checkpointing": config["parallelism"]["activation_checkpointing"]}
             yield Change(["parallelism=fsdp", *over, *said], config | {"parallelism": sharded | kept | where}, ranks)
-    offloaded = sharded | kept | {"cpu_offload": True}
-    yield Change(
-        ["parallelism=fsdp", "parallelism.cpu_offload=true", *said], config | {"parallelism": offloaded}, n_ranks
-    )
+    for said, config in variants:
+        kept = {"activation_checkpointing": config["parallelism"]["activation_checkpointing"], "cpu_offload": True}
+        overrides = ["parallelism=fsdp", "parallelism.cpu_offload=true", *said]
+        yield Change(overrides, config | {"parallelism": sharded | kept}, n_ranks)
 
 
 def _option(group: str, name: str) -> Config:

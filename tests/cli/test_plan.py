@@ -116,10 +116,6 @@ CONFIGURATIONS = {
         *("tokenizer=sentencepiece", "trainer.batch_size=4", "optimizer=sgd"),
     ),
     "long rows, sgd": (*WIDE, "trainer.batch_size=2", "seq_len=1024", "optimizer=sgd"),
-    "fsdp on two ranks": (
-        *("model.dim=1024", "model.n_layers=6", "model.n_heads=16", "model.ffn_hidden_dim=2816"),
-        *("trainer.batch_size=2", "parallelism=fsdp", "parallelism.nproc_per_node=2"),
-    ),
 }
 
 
