@@ -8,10 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ftlab.assembly import beside_checkpoint
+from ftlab.assembly import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
-from ftlab.data.cache import cache_folder
 from ftlab.data.dataset import Dataset
 from ftlab.data.samples import Packs
 from ftlab.data.show import N_EXAMPLES, examples, shown
@@ -34,15 +33,7 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
     # Only where the tokenizer is looked for beside the model's weights are these needed.
     checkpoint = resolve_checkpoint(named) if named and config["tokenizer"].get("path") == named else None
     tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], named, checkpoint))
-    data: Dataset = build(
-        config["dataset"],
-        tokenizer=tokenizer,
-        seq_len=config["seq_len"],
-        seed=config["seed"] or 0,
-        cache_dir=cache_folder(config["paths"]["cache_dir"]),
-        progress=None,
-        inspecting=True,
-    )
+    data = read_data(config, tokenizer, inspecting=True)
     console = Console(highlight=False)
     stopping = _tell(console, data)
     samples = data.train.samples if isinstance(data.train, Packs) else data.train
