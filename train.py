@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftlab.distributed.started import group_of_this_process, leads
-from ftlab.errors import FtlabError
+from ftlab.errors import FtlabError, Interrupted
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -73,6 +73,8 @@ def exit_code_of(run: Callable[[], int]) -> int:
     except FtlabError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except Interrupted as interrupt:
+        return 128 + interrupt.number
     except KeyboardInterrupt:
         return 130
 

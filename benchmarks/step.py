@@ -26,7 +26,7 @@ from ftlab.config.check import compose_config
 from ftlab.data.batch import Sample
 from ftlab.distributed.env import WorkerEnv, describe_device, peak_flops
 from ftlab.models.transformer import ModelConfig
-from ftlab.run import assemble_run
+from ftlab.run import assemble_run, random_weights
 from ftlab.training.loop import Run, remaining_steps, train_step
 from ftlab.training.metrics import PhaseClock, peak_memory_gib
 
@@ -57,7 +57,15 @@ def assemble(config: dict[str, Any], n_steps: int) -> tuple[Run, ModelConfig]:
     assert model_config.vocab_size is not None
     rows = RandomRows(config["seq_len"], model_config.vocab_size)
     return assemble_run(
-        config, model_config, None, rows, False, 0, None, lambda *_: None, WorkerEnv.here(config["device"])
+        config,
+        model_config,
+        random_weights(config["seed"]),
+        rows,
+        False,
+        0,
+        None,
+        lambda *_: None,
+        WorkerEnv.here(config["device"]),
     ), model_config
 
 

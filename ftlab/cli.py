@@ -41,6 +41,17 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     verify.set_defaults(verb=_verify_parallel)
 
+    resume = verbs.add_parser("verify-resume", help="whether a killed and resumed run ends as one that was not")
+    resume.add_argument("--steps", type=int, default=10, metavar="N", help="optimizer steps to train (default 10)")
+    resume.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+    resume.set_defaults(verb=_verify_resume)
+
+    export = verbs.add_parser("export", help="a checkpoint as a Hugging Face folder, read back and compared")
+    export.add_argument("run", help="RUN, RUN@STEP, RUN@best or RUN/checkpoints/step_N")
+    export.add_argument("out", type=Path, help="folder to make")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the files; default: the weights' own")
+    export.set_defaults(verb=_export)
+
     check = verbs.add_parser("check-data", help="what is wrong with the data, and what of it is trained")
     check.add_argument("--out", type=Path, default=Path("outputs/check-data"), metavar="FOLDER")
     check.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
@@ -84,6 +95,33 @@ def _verify_parallel(arguments: argparse.Namespace) -> int:
         )
     Console(width=max(Console().width, 120)).print(table)
     return 0 if all(one.within(tolerance) for one in deviations) else 1
+
+
+def _verify_resume(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ftlab.lab.resume import verify_resume
+    from ftlab.outputs import shortest
+
+    compared, folder = verify_resume(arguments.overrides, arguments.steps)
+    table = Table(title=f"{arguments.steps} steps straight, against a SIGKILL in between and a resume")
+    for column in ("", "same", ""):
+        table.add_column(column)
+    for one in compared:
+        table.add_row(one.what, "yes" if one.same else "[bold red]NO", one.detail)
+    console = Console(width=max(Console().width, 120))
+    console.print(table)
+    console.print(f"both runs and verify_resume.json: {shortest(folder)}", soft_wrap=True)
+    return 0 if all(one.same for one in compared) else 1
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ftlab.lab.export import export
+
+    proof = export(arguments.run, arguments.out, arguments.dtype)
+    print(f"{arguments.out}: read back; largest difference of a logit {proof.max_abs_diff:.3g}", end="")
+    print(f" (logits up to {proof.max_abs_logit:.3g}), every tensor equal to the bit")
 
 
 def _check_data(arguments: argparse.Namespace) -> int:

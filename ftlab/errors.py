@@ -46,10 +46,37 @@ class ConfigErrors(FtlabError):  # noqa: N818 - several of them
         return "\n".join(str(problem) for problem in self.problems)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal other than Ctrl-C's asks this process to end now."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(number)
+
+
 class DataError(FtlabError):
     """The data cannot be read or used; the message names file and row."""
 
     exit_code = 2
+
+
+class CheckpointError(FtlabError):
+    """A checkpoint, or a file of one, cannot be believed or used; nothing of it was loaded.
+
+    Args:
+        path: the file or folder.
+        problem: what is wrong with it.
+        fix: what to do instead, if anything can help.
+    """
+
+    exit_code = 2
+
+    def __init__(self, path: object, problem: str, fix: str | None = None):
+        self.path, self.problem, self.fix = str(path), problem, fix
+        super().__init__(self.path, problem, fix)
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.problem}" + (f"\n  try: {self.fix}" if self.fix else "")
 
 
 class NonFiniteError(FtlabError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import secrets
 import shutil
 import sys
@@ -29,9 +30,10 @@ from ftlab.distributed.launch import (
     start_workers,
 )
 from ftlab.distributed.started import group_of_this_process, leads
-from ftlab.errors import ConfigError, FtlabError
+from ftlab.errors import ConfigError, FtlabError, Interrupted
 from ftlab.outputs import RunFolder
 from ftlab.run import Config, train, train_in_team
+from ftlab.training.wishes import ending_on_signals
 
 
 def launch(config: Config, *, own_process: bool) -> int:
@@ -41,8 +43,8 @@ def launch(config: Config, *, own_process: bool) -> int:
         own_process: never in this very process, so that the jobs of a sweep share no state.
 
     Returns:
-        The exit code: 0 completed, 1 a bug or the machine, 2 bad input, 3 non-finite numbers, 130 interrupted,
-        143 terminated.
+        The exit code: 0 completed, 1 a bug or the machine, 2 bad input, 3 non-finite numbers; 130, 138, 143: stopped
+        by SIGINT, SIGUSR1, SIGTERM.
     """
     settings = build(config["parallelism"])
     group = group_of_this_process()
@@ -82,8 +84,11 @@ def _in_own_process(work: Callable[..., int], config: Config, *args: Any) -> int
     process = multiprocessing.get_context("spawn").Process(target=_and_leave, args=(work, config, *args))
     process.start()
     try:
-        process.join()
-    except KeyboardInterrupt:
+        with ending_on_signals():
+            process.join()
+    except KeyboardInterrupt as interrupt:
+        if isinstance(interrupt, Interrupted):
+            os.kill(process.pid or 0, interrupt.number)
         process.join()  # Ctrl-C reached the child as well: let it close its folder
         raise
     assert process.exitcode is not None

@@ -17,9 +17,11 @@ from ftlab import IGNORE_INDEX
 
 
 class Loss(Protocol):
-    """Called by the model: ``loss(hidden, head_weight, targets)``."""
+    """Called by the model: ``loss(hidden, head_weight, targets)``; by one that caps or scales logits ``of_logits``."""
 
     def __call__(self, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor: ...
+
+    def of_logits(self, logits: Tensor, targets: Tensor) -> Tensor: ...
 
 
 def token_nll_sum(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
@@ -56,5 +58,8 @@ class CrossEntropy:
 
     def __call__(self, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
         """Summed loss of ``targets`` (N,) under ``hidden`` (N, D) @ ``head_weight`` (V, D)ᵀ."""
-        logits = F.linear(hidden, head_weight)
+        return self.of_logits(F.linear(hidden, head_weight), targets)
+
+    def of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Summed loss of ``targets`` (N,) under ``logits`` (N, V)."""
         return token_nll_sum(logits, targets, label_smoothing=self.label_smoothing, z_loss=self.z_loss)

@@ -6,6 +6,7 @@ One process (rank 0) writes a folder; the other ranks only add their own ``rank<
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import logging
@@ -20,10 +21,14 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal, TextIO
 
 import psutil
 import yaml
+
+from ftlab.errors import FtlabError
+from ftlab.storage.disk import replace_file
 
 Status = Literal["running", "completed", "failed", "preempted"]
 
@@ -108,7 +113,7 @@ def mask_files(folder: Path) -> None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         masked = mask_secrets(content)
         if masked != content:
-            write_atomically(path, _to_yaml(masked))
+            replace_file(path, _to_yaml(masked))
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -158,19 +163,34 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(to_json(row) + "\n" for row in rows)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as one step: a reader, or a kill at any instant, sees the old text or the new."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # before the rename: else a power loss can leave the new name with no content
-    os.replace(aside, path)
-
-
 def shortest(path: Path) -> Path:
     """The path as a person would type it: relative to where they stand, when it lies below."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``run.json`` of the run in ``folder``.
+
+    Raises:
+        OSError, ValueError: when there is none, or it cannot be read.
+    """
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise ValueError(f"{folder / 'run.json'} is not a JSON object")
+    return record
+
+
+class FolderInUseError(FtlabError):
+    """Another process writes this run's folder."""
+
+    exit_code = 2
+
+    def __init__(self, folder: Path, holder: str):
+        self.folder, self.holder = folder, holder
+        super().__init__(folder, holder)
+
+    def __str__(self) -> str:
+        return f"{self.folder} is in use by {self.holder or 'another process'}: a run is written by one job at a time"
 
 
 class RunFolder:
@@ -185,6 +205,8 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.writes = writes
         self._record: dict[str, Any] = {}
+        self._lock: TextIO | None = None
+        self._session, self._before_s = _now(), 0.0  # since when this process writes; seconds of those before
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
 
@@ -192,25 +214,63 @@ class RunFolder:
     def of_a_lost_process(cls, path: Path | str) -> RunFolder | None:
         """The folder of a run whose writer is gone, to be finished in its place; None if it has been finished."""
         folder = cls(path)
-        with suppress(FileNotFoundError):
-            folder._record = json.loads((folder.path / "run.json").read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError):
+            folder._record = read_record(folder.path)
+        if "started" in folder._record:
+            sessions = [folder._record["started"], *(one["at"] for one in folder._record.get("resumed", []))]
+            folder._session = datetime.fromisoformat(sessions[-1])
+            folder._before_s = folder._record.get("duration_s") or 0.0
         return folder if folder._record.get("status", "running") == "running" else None
 
     def write_config(self, config: dict[str, Any]) -> None:
         """``config.yaml``: the resolved config that ran, secrets masked."""
         if self.writes:
-            write_atomically(self.path / "config.yaml", _to_yaml(mask_secrets(config)))
+            replace_file(self.path / "config.yaml", _to_yaml(mask_secrets(config)))
 
     def write_json(self, name: str, obj: Any) -> None:
         """Write ``name`` atomically, secrets masked."""
         if self.writes:
-            write_atomically(self.path / name, to_json(mask_secrets(obj), indent=2) + "\n")
+            replace_file(self.path / name, to_json(mask_secrets(obj), indent=2) + "\n")
 
-    def forget_metrics(self) -> None:
-        """Remove what an earlier attempt of this run logged: it starts anew, and no step may be there twice."""
+    def lock(self) -> None:
+        """Keep every other process from writing this folder for as long as this one lives.
+
+        Raises:
+            FolderInUseError: when another one does.
+        """
+        self._lock = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise FolderInUseError(self.path, self._lock.read().strip()) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._lock.flush()
+
+    def cut_back(self, step: int | None) -> int:
+        """Remove what was logged after ``step``, of which no checkpoint knows; None: all of it.
+
+        Returns:
+            The last step that had been logged.
+        """
+        last = 0
         for name in ("metrics.jsonl", "samples.jsonl"):
-            if self.writes:
-                (self.path / name).unlink(missing_ok=True)
+            path = self.path / name
+            if not self.writes or not path.exists():
+                continue
+            kept = []
+            # Not splitlines(): answers hold other line ends (U+2028), which JSON leaves as they are.
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                try:
+                    logged_at = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError):  # torn by the kill
+                    continue
+                last = max(last, logged_at)
+                if step is not None and logged_at <= step:
+                    kept.append(line + "\n")
+            replace_file(path, "".join(kept))
+        return last
 
     def start(self, *, gpus: list[str], **fields: Any) -> None:
         """Begin ``run.json``: status running, the time, and the code, versions and machine that run it.
@@ -220,6 +280,7 @@ class RunFolder:
             fields: what else is known now, e.g. ``name, seed, data_fingerprint, n_params, parent_run``.
         """
         self.update(
+            id=token_hex(4),
             status="running",
             started=_now().isoformat(timespec="seconds"),
             ended=None,
@@ -228,8 +289,45 @@ class RunFolder:
             versions=versions(),
             hardware={**_machine(), "gpus": gpus},
             error=None,
+            resumed=[],
             **fields,
         )
+        self._session, self._before_s = _now(), 0.0
+
+    def resume(self, *, gpus: list[str], **fields: Any) -> None:
+        """Go on with the ``run.json`` that is there; what this session is and runs on is added to ``resumed``.
+
+        Args:
+            fields: e.g. the step it goes on from, and what the user changed.
+        """
+        self._record = read_record(self.path)
+        session = {
+            "at": _now().isoformat(timespec="seconds"),
+            "code": code_state(),
+            "versions": versions(),
+            "hardware": {**_machine(), "gpus": gpus},
+            **fields,
+        }
+        self._session, self._before_s = _now(), self._record.get("duration_s") or 0.0
+        sessions = [*self._record.get("resumed", []), session]
+        self.update(status="running", ended=None, error=None, resumed=sessions)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process has begun, or gone on with, ``run.json``."""
+        return bool(self._record)
+
+    def recorded_id(self) -> str | None:
+        """The id of the run that the folder holds; None when it holds none."""
+        try:
+            return str(read_record(self.path)["id"])
+        except (OSError, ValueError, KeyError):
+            return None
+
+    @property
+    def run_id(self) -> str:
+        """The run's own, for ever; empty where this process does not write."""
+        return str(self._record.get("id", ""))
 
     def update(self, **fields: Any) -> None:
         """Set fields of ``run.json`` and replace the file."""
@@ -239,11 +337,10 @@ class RunFolder:
     def finish(self, status: Status, *, error: BaseException | None = None, **fields: Any) -> None:
         """End ``run.json``: status, duration, the error if there was one, and e.g. the final metrics."""
         ended = _now()
-        started = datetime.fromisoformat(self._record["started"]) if "started" in self._record else ended
         self.update(
             status=status,
             ended=ended.isoformat(timespec="seconds"),
-            duration_s=(ended - started).total_seconds(),
+            duration_s=self._before_s + (ended - self._session).total_seconds(),
             error=None if error is None else {"type": type(error).__name__, "message": str(error)},
             **fields,
         )

@@ -6,9 +6,12 @@ configuration, builds the parts, hands them to the loop and keeps the run folder
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import signal
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,21 +34,31 @@ from ftlab.distributed.launch import (
     meet_team,
 )
 from ftlab.distributed.precision import Precision
-from ftlab.errors import ConfigError, ConfigErrors, DataError, FtlabError
+from ftlab.errors import CheckpointError, ConfigError, ConfigErrors, DataError, FtlabError, Interrupted
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
+from ftlab.models.auto import AnyModel, AnyModelConfig, find_model
+from ftlab.models.hub import commit_of
 from ftlab.models.resize import compare_specials, fit_vocabulary
-from ftlab.models.transformer import ModelConfig, Transformer
-from ftlab.models.weights import load_weights, resolve_checkpoint
+from ftlab.models.transformer import Transformer
+from ftlab.models.weights import load_weights
 from ftlab.optim.groups import decay_groups
-from ftlab.outputs import RunFolder, Status, mask_secrets, setup_logging
-from ftlab.training.checkpoint import CheckpointConfig, export_model
+from ftlab.outputs import RunFolder, Status, mask_secrets, read_record, setup_logging, shortest
+from ftlab.storage.addresses import Address, candidates, find_run
+from ftlab.storage.checkpoints import Checkpoints, Found, less_is_better, verify
+from ftlab.training import rng
+from ftlab.training.card import model_card
+from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened, open_checkpoint
 from ftlab.training.evaluate import Evaluator
+from ftlab.training.export import export_model
 from ftlab.training.loop import Run, TrainerConfig, fit
 from ftlab.training.metrics import training_flops
+from ftlab.training.snapshot import restore_optimizer, restore_weights
 from ftlab.training.state import TrainState
+from ftlab.training.wishes import ending_on_signals, ignore_signals
 
 Config = dict[str, Any]
+Fill = Callable[[AnyModel], None]
 log = logging.getLogger(__name__)
 
 
@@ -78,38 +91,120 @@ def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
         folder = folder or RunFolder(path, writes=False)
     assert folder is not None
     setup_logging(folder.path, worker.rank)
+    source = _source(folder, config, worker, team)
     recorder = Recorder(folder, [build(node) for node in config["logger"].values()] if first else [])
-    if first:
-        _open(folder, config)
-    try:
-        if team is not None:
-            config = same_everywhere(config, team)
-        _train(config, recorder, worker, team)
-    except (Exception, KeyboardInterrupt) as error:
-        cause = team.watch.explain(error) if team else error
-        status, exit_code = _verdict(cause)
-        _say(cause, aloud=team is None or team.watch.takes_the_word())
-        recorder.finish(status, cause, hurry=isinstance(cause, RankError))
-        if team is not None and _stands_in(worker, team) and (lost := _folder_of_rank_0(config)) is not None:
-            lost.finish(status, error=cause)
-        return exit_code
-    recorder.finish("completed", None)
-    return 0
+    with ending_on_signals() if team is None else nullcontext():
+        try:
+            if first and (source is None or not source.goes_on):
+                _open(folder, config, source)
+            if team is not None:
+                config = same_everywhere(config, team)
+            stopped = _train(config, recorder, worker, team, source)
+        except (Exception, KeyboardInterrupt) as error:
+            ignore_signals()  # the folder is being closed
+            cause = team.watch.explain(error) if team else error
+            status, exit_code = _verdict(cause)
+            _say(cause, aloud=team is None or team.watch.takes_the_word())
+            if folder.is_open:  # not where a run could not go on: it is what it was
+                recorder.finish(status, cause, hurry=isinstance(cause, RankError))
+            if team is not None and _stands_in(worker, team) and (lost := _folder_of_rank_0(config)) is not None:
+                lost.finish(status, error=cause)
+            return exit_code
+        if stopped is None:
+            recorder.finish("completed", None)
+            return 0
+        recorder.finish("preempted", None, stopped_by=stopped.name)
+        return 128 + stopped
 
 
-def _open(folder: RunFolder, config: Config) -> None:
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, found to be sound, that a run begins with.
+
+    Attributes:
+        goes_on: it is the run's own, and all of it counts; else another run's, whose weights do.
+        completed: the run said that it had reached its end.
+    """
+
+    path: str
+    goes_on: bool
+    completed: bool = False
+
+
+def _source(folder: RunFolder, config: Config, worker: WorkerEnv, team: Team | None) -> Source | None:
+    """What the run begins with, as rank 0 decides; nothing in the folder has changed yet.
+
+    Raises:
+        CheckpointError: there is nothing sound to go on from.
+    """
+    source = _pick(folder, config) if worker.rank == 0 else None
+    if team is None:
+        return source
+    told = json.loads(team.from_first("source", json.dumps(asdict(source) if source else None)))
+    return Source(**told) if told else None
+
+
+def _pick(folder: RunFolder, config: Config) -> Source | None:
+    folder.lock()
+    own, resume = Checkpoints(folder.path / "checkpoints"), config["resume"]
+    if attempt() and (found := own.newest_sound(folder.recorded_id())) is not None:
+        return Source(str(found.path), goes_on=True)
+    if resume is not None:
+        found = _soundest(Address(folder.path, resume["at"]), folder.recorded_id())
+        return Source(str(found.path), goes_on=True, completed=read_record(folder.path)["status"] == "completed")
+    if config["init_from"] is not None:
+        return Source(str(_soundest(find_run(config["init_from"], "init_from"), None).path), goes_on=False)
+    return None
+
+
+def _soundest(address: Address, run_id: str | None) -> Found:
+    """The checkpoint that is meant; for the newest, the first from there back that is sound."""
+    if address.at is None:
+        found = address.checkpoints.newest_sound(run_id)
+        if found is None:
+            raise CheckpointError(address.checkpoints.folder, f"holds nothing sound; {address.checkpoints.describe()}")
+        return found
+    [found] = candidates(address)
+    verify(found, run_id)
+    return found
+
+
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _open(folder: RunFolder, config: Config, source: Source | None) -> None:
+    """Begin the folder of a new run, or of one that could not keep anything of its attempts so far."""
     if attempt():
-        folder.forget_metrics()
+        folder.cut_back(None)
+        Checkpoints(folder.path / "checkpoints").set_aside_after(0)  # damaged, or they would have been gone on from
         log.warning("starting again: attempt %d", attempt() + 1)
     folder.write_config(config)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    folder.start(gpus=gpus, name=config["run_name"], seed=config["seed"])
+    parent = source.path if source else None
+    folder.start(gpus=_gpus(), name=config["run_name"], seed=config["seed"], parent_run=parent)
     folder.link_latest()
+
+
+def _reopen(folder: RunFolder, config: Config, opened: Opened, worker: WorkerEnv) -> int:
+    """Go on in the folder of a run, as of its checkpoint; returns the last step that had been logged."""
+    step = opened.manifest.step
+    for path in Checkpoints(folder.path / "checkpoints").set_aside_after(step):
+        log.warning("%s is later than step %d and set aside: %s", path.name.split(".")[0], step, path)
+    last = folder.cut_back(step)
+    overrides = (config["resume"] or {}).get("overrides", [])
+    folder.write_config(config)
+    folder.resume(gpus=_gpus(), step=step, logged_until=last, overrides=overrides, ranks=worker.world_size)
+    folder.link_latest()
+    changed = f", with {' '.join(overrides)}" if overrides else ""
+    log.info("going on from step %d%s", step, changed)
+    return last
 
 
 def _verdict(error: BaseException) -> tuple[Status, int]:
     """How a run ended that ``error`` ended, and the exit code."""
     match error:
+        case Interrupted():
+            return "preempted", 128 + error.number
         case KeyboardInterrupt():
             return "preempted", 130
         case RankError() if error.failure.interrupted:
@@ -177,34 +272,85 @@ def same_everywhere(config: Config, team: Team) -> Config:
     return config
 
 
-def _train(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team | None) -> None:
-    experiment = assemble(config, recorder, worker, team)
+def _train(
+    config: Config, recorder: Recorder, worker: WorkerEnv, team: Team | None, source: Source | None
+) -> signal.Signals | None:
+    """Returns the signal that the run was saved and stopped for; None when it trained to its end."""
+    opened = open_checkpoint(Path(source.path)) if source else None
+    experiment = assemble(config, recorder, worker, team, opened, goes_on=source is not None and source.goes_on)
     run, folder = experiment.run, recorder.folder
-    progress = run.state.progress
+    progress, keep = run.state.progress, build(config["checkpoint"])
+    run.checkpointer = checkpointer = experiment.checkpointer(folder, keep, opened)
+    logged_until = 0
+    if progress.step and source and opened:
+        # Stopped after the last step, a run has still to be validated and exported.
+        if (
+            run.is_over
+            and source.completed
+            and not (keep.export and not (folder.path / "export" / "config.json").exists())
+        ):
+            raise ConfigError(
+                "resume", f"{folder.path} is complete: all {progress.step} steps are done", _prolonged(run)
+            )
+        if worker.rank == 0:
+            logged_until = _reopen(folder, config, opened, worker)
+            if (size := run.trainer.batch_size) != config["trainer"]["batch_size"]:
+                log.info("trainer.batch_size=%d now, so that the ranks share each step's rows", size)
+    checkpointer.prepare()
     folder.write_json("data_report.json", experiment.data.report)
     if worker.rank == 0:
         (folder.path / "data_check.html").write_text(experiment.data.page(), encoding="utf-8")
         for warning in experiment.data.report["warnings"]:
             log.warning("data: %s", warning)
     folder.update(data_fingerprint=experiment.data.fingerprint, n_params=experiment.model_config.n_params())
-    recorder.start(experiment.info(folder.path))
+    recorder.start(experiment.info(folder, logged_until))
     if team is not None:
         beat = team.watch.beat
         run.clock.on_enter = lambda phase: beat(progress.step + (phase != "eval"), phase)
+        team.watch.leaves_signals = True
     try:
-        fit(run)
+        stopped = fit(run)
+        if stopped is not None:
+            ignore_signals()
+            saved = f"after step {progress.step}, which is saved; go on: {_go_on(folder)}"
+            log.info("%s: stopped %s", stopped.name, saved if progress.step else "before the first step: none is saved")
     finally:
+        checkpointer.wait()
         folder.update(progress=asdict(progress))
         # The last line's speed is one step's; the summary wants the run's.
         recorder.latest |= {"perf/tokens_per_s": progress.tokens / progress.train_s} if progress.train_s else {}
-    keep: CheckpointConfig = build(config["checkpoint"])
-    if keep.export:
+        if team is not None:
+            team.watch.leaves_signals = False
+    if stopped is not None:
+        if team is not None:
+            team.watch.stopped(128 + stopped)
+    elif keep.export:
         run.clock.enter("save")
-        exported = export_model(
-            run.state.model, experiment.tokenizer, folder.path / "export", dtype=run.precision.weights
+        export_model(
+            run.state.model,
+            experiment.tokenizer,
+            folder.path / "export",
+            dtype=run.precision.weights,
+            precision=run.precision,
+            parallel=run.parallel,
+            about={"run": folder.run_id, "step": progress.step},
+            card=model_card(experiment.info(folder, 0), progress, recorder.latest, commit=experiment.commit),
         )
-        recorder.artifacts.append(exported)
+        recorder.artifacts.append(folder.path / "export")
     run.parallel.close()
+    return stopped
+
+
+def _go_on(folder: RunFolder) -> str:
+    return f"python train.py resume={shortest(folder.path)}"
+
+
+def _prolonged(run: Run) -> str:
+    trainer = run.trainer
+    if trainer.max_steps is not None:
+        return f"trainer.max_steps={2 * trainer.max_steps}"
+    assert trainer.epochs is not None
+    return f"trainer.epochs={trainer.epochs + 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,15 +359,43 @@ class Experiment:
 
     config: Config
     tokenizer: Tokenizer
-    model_config: ModelConfig
+    model_config: AnyModelConfig
     data: Dataset
+    commit: str | None  # of the repository on the Hub that the weights came from
     run: Run
 
-    def info(self, folder: Path) -> RunInfo:
+    def checkpointer(self, folder: RunFolder, keep: CheckpointConfig, opened: Opened | None) -> Checkpointer:
+        """What saves this run."""
+        run, masked = self.run, mask_secrets(self.config)
+        told = {key: value for key, value in masked.items() if key not in ("resume", "paths")}
+        metric = self.config["evaluation"]["metric"]
+        checkpointer = Checkpointer(
+            keep,
+            Checkpoints(folder.path / "checkpoints"),
+            run.state,
+            run.parallel,
+            Identity(
+                run=folder.run_id or folder.recorded_id() or "",
+                config=masked,
+                config_hash=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+                data=self.data.fingerprint,
+                tokenizer=self.tokenizer.fingerprint,
+                global_batch_size=run.loader.global_batch_size,
+            ),
+            metric=(metric, less_is_better(metric)),
+            parent=opened.manifest.digest if opened and run.state.progress.step else None,
+        )
+        run.wishes.save_is_due = checkpointer.save_is_due_by_clock
+        return checkpointer
+
+    def info(self, folder: RunFolder, logged_until: int) -> RunInfo:
         """What loggers are told at the start."""
         config, run = self.config, self.run
         return RunInfo(
-            folder=folder,
+            folder=folder.path,
+            run_id=folder.run_id,
+            first_step=run.state.progress.step,
+            logged_until=logged_until,
             name=config["run_name"],
             config=mask_secrets(config),
             seed=config["seed"],
@@ -236,16 +410,38 @@ class Experiment:
             device=describe_device(run.parallel.device)
             + (f" × {run.parallel.dp_size}" if run.parallel.dp_size > 1 else ""),
             precision=f"{run.precision.param_dtype} weights, {run.precision.compute_dtype} arithmetic",
-            next_commands=(f'ftlab generate {folder} "..."',),
+            next_commands=(
+                f'ftlab generate {shortest(folder.path)} "..."'
+                if config["checkpoint"]["export"]
+                else f"ftlab export {shortest(folder.path)} OUT",
+            ),
         )
 
 
-def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team | None) -> Experiment:
-    """Build every part of a run: what can fail cheaply first, then data, then weights."""
-    model_config: ModelConfig = build(config["model"])
-    checkpoint = resolve_checkpoint(model_config.checkpoint) if model_config.checkpoint else None
-    tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], config["model"]["checkpoint"], checkpoint))
-    model_config = with_vocabulary(model_config, checkpoint, tokenizer)
+def assemble(
+    config: Config,
+    recorder: Recorder,
+    worker: WorkerEnv,
+    team: Team | None,
+    opened: Opened | None = None,
+    *,
+    goes_on: bool = False,
+) -> Experiment:
+    """Build every part of a run: what can fail cheaply first, then data, then weights.
+
+    Args:
+        opened: a checkpoint to begin with, instead of the model's own weights.
+        goes_on: all of it is restored; else its weights, and with ``init_optimizer`` the optimizer's state.
+    """
+    model_config, pretrained = find_model(build(config["model"]), fetch=opened is None)
+    if config["seq_len"] > model_config.max_seq_len:
+        problem = f"{config['seq_len']} is more than the {model_config.max_seq_len} tokens that the model reads"
+        raise ConfigError("seq_len", problem, f"seq_len={model_config.max_seq_len}")
+    commit = commit_of(pretrained) if pretrained else None
+    if opened is None:
+        recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit})
+    tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], config["model"]["checkpoint"], pretrained))
+    model_config = with_vocabulary(model_config, pretrained, tokenizer, opened)
     data: Dataset = build(
         config["dataset"],
         tokenizer=tokenizer,
@@ -256,6 +452,8 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
     )
     if team is not None and (fingerprint := team.from_first("data", data.fingerprint)) != data.fingerprint:
         raise DataError(f"dataset: this machine's samples ({data.fingerprint}) are not rank 0's ({fingerprint})")
+    if opened is not None and goes_on:
+        _same_inputs(opened, data, tokenizer)
     evaluator = None
     if data.validation is not None:
         evaluator = Evaluator(
@@ -265,44 +463,62 @@ def assemble(config: Config, recorder: Recorder, worker: WorkerEnv, team: Team |
             loss=replace(build(config["loss"]), label_smoothing=0.0, z_loss=0.0),
             on_samples=recorder.log_samples,
         )
+    if opened is None:
+        seed = config["seed"]
+        fill = random_weights(seed) if pretrained is None else weights_in(pretrained, tokenizer.new_ids)
+    else:  # what goes on is restored at once, when there is an optimizer too
+        fill = (lambda _: None) if goes_on else weights_of(opened)
+    accumulate = opened.told["cursor"]["global_batch_size"] if opened is not None and goes_on else None
     run = assemble_run(
         config,
         model_config,
-        checkpoint,
+        fill,
         data.train,
         data.shuffle,
         tokenizer.pad_id,
         evaluator,
         recorder.log,
         worker,
-        tokenizer.new_ids,
+        global_batch_size=accumulate,
         grouped=data.group_by_length,
     )
-    return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, data=data, run=run)
+    if opened is not None and goes_on:
+        opened.restore(run.state, run.parallel)
+    elif opened is not None and config["init_optimizer"]:
+        restore_optimizer(run.state, opened.stored, opened.told)
+    return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, commit=commit, data=data, run=run)
 
 
 def assemble_run(
     config: Config,
-    model_config: ModelConfig,
-    checkpoint: Path | None,
+    model_config: AnyModelConfig,
+    fill: Fill,
     rows: SampleSource,
     shuffle: bool,
     pad_id: int,
     evaluator: Evaluator | None,
     log: Callable[[Mapping[str, float], int], None],
     worker: WorkerEnv,
-    new_ids: range = range(0),
+    global_batch_size: int | None = None,
     *,
     grouped: bool = False,
 ) -> Run:
-    """What the loop needs to train ``model_config`` on ``rows`` as ``config`` says; weights are loaded here."""
-    torch.manual_seed(config["seed"])
+    """What the loop needs to train ``model_config`` on ``rows`` as ``config`` says.
+
+    Args:
+        fill: gives the parameters their values.
+        global_batch_size: of a run that goes on, which fixes the order of its rows; null: the configuration's.
+        grouped: whether rows of like length share a micro-batch.
+    """
+    rng.seed(config["seed"])
     trainer: TrainerConfig = build(config["trainer"])
     precision: Precision = build(config["precision"])
     if worker.device.type == "cpu":
         keep_freed_memory()
     strategy: Strategy = build(config["parallelism"])
     parallel = strategy.start(worker, precision)
+    if global_batch_size is not None:
+        trainer = trainer.with_global_batch_size(global_batch_size, parallel.dp_size)
     loader = BatchLoader(
         rows,
         batch_size=trainer.batch_size,
@@ -314,7 +530,7 @@ def assemble_run(
         pad_id=pad_id,
         grouped=grouped,
     )
-    model = build_model(model_config, checkpoint, precision, parallel, config["seed"], new_ids)
+    model = build_model(model_config, fill, precision, parallel)
     optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
     schedule = build(config["scheduler"], total_steps=trainer.total_steps(loader.steps_per_epoch))
     state = TrainState(
@@ -343,8 +559,20 @@ def beside_checkpoint(tokenizer: Config, named: str | None, folder: Path | None)
     return tokenizer | {"path": str(folder)} if follows else tokenizer
 
 
-def with_vocabulary(model: ModelConfig, folder: Path | None, tokenizer: Tokenizer) -> ModelConfig:
-    """``model`` with rows for all of the tokenizer's ids; pretrained weights must be of that tokenizer."""
+def with_vocabulary(
+    model: AnyModelConfig, folder: Path | None, tokenizer: Tokenizer, opened: Opened | None = None
+) -> AnyModelConfig:
+    """``model`` with rows for all of the tokenizer's ids; pretrained weights must be of that tokenizer.
+
+    Args:
+        folder: of pretrained weights.
+        opened: a checkpoint instead, which has the rows that it has.
+    """
+    if opened is not None and (n_rows := opened.vocab_size) is not None:
+        if n_rows < tokenizer.vocab_size:
+            problem = f"it has {tokenizer.vocab_size} tokens, but {opened.path} has rows for {n_rows}"
+            raise ConfigError("tokenizer", problem, "the tokenizer that the checkpoint was trained with")
+        return replace(model, vocab_size=n_rows)
     fitting = fit_vocabulary(model, folder, tokenizer.vocab_size, tokenizer.new_ids)
     if folder is not None:
         for warning in compare_specials(folder, tokenizer.bos_id, tokenizer.eos_id):
@@ -355,26 +583,54 @@ def with_vocabulary(model: ModelConfig, folder: Path | None, tokenizer: Tokenize
     return fitting
 
 
-def build_model(
-    config: ModelConfig,
-    checkpoint: Path | None,
-    precision: Precision,
-    parallel: Parallelism,
-    seed: int,
-    new_ids: range = range(0),
-) -> Transformer:
-    """The model on its device with its weights in place: built on meta, so that nothing is ever held twice."""
+def _same_inputs(opened: Opened, data: Dataset, tokenizer: Tokenizer) -> None:
+    """Refuse to go on with other rows or another tokenizer than the run was trained with."""
+    now = {"dataset": data.fingerprint, "tokenizer": tokenizer.fingerprint}
+    then = {"dataset": opened.told["data"], "tokenizer": opened.told["tokenizer"]}
+    for key in ("tokenizer", "dataset"):
+        if now[key] != then[key]:
+            raise ConfigError(
+                key,
+                f"the run was trained with other {'rows' if key == 'dataset' else 'tokens'} (fingerprint "
+                f"{then[key][:12]}…, here {now[key][:12]}…)",
+                f"the same files as then, or a new run from its weights: init_from={opened.path.parent.parent}",
+            )
+
+
+def random_weights(seed: int) -> Fill:
+    """Draws them."""
+
+    def draw(model: AnyModel) -> None:
+        assert isinstance(model, Transformer)  # others are nothing without a checkpoint
+        model.init_weights(seed)
+
+    return draw
+
+
+def weights_in(folder: Path, new_ids: range = range(0)) -> Fill:
+    """Loads pretrained ones, with rows for ``new_ids`` that the vocabulary did not have."""
+    return lambda model: load_weights(model, folder, new_ids)
+
+
+def weights_of(opened: Opened) -> Fill:
+    """Loads those of a checkpoint of ours."""
+    return lambda model: restore_weights(model, opened.stored, opened.path)
+
+
+def build_model(config: AnyModelConfig, fill: Fill, precision: Precision, parallel: Parallelism) -> AnyModel:
+    """The model on its device with its weights in place: built on meta, so that nothing is ever held twice.
+
+    Args:
+        fill: gives the freshly allocated parameters their values.
+    """
     with torch.device("meta"):
         model = config.build().to(precision.weights)
     parallel.place(model)
-    if checkpoint is None:
-        model.init_weights(seed)
-    else:
-        load_weights(model, checkpoint, new_ids)
+    fill(model)
     return model
 
 
-def flops_counter(model: ModelConfig) -> Callable[[list[int]], float]:
+def flops_counter(model: AnyModelConfig) -> Callable[[list[int]], float]:
     """FLOPs of one forward and backward, as a function of the real lengths of the sequences."""
     assert model.head_dim is not None  # ModelConfig resolved it
     return partial(

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A room is a module or a package directly under ftlab/.
 FLOORS = [
     {"errors"},
+    {"storage"},
     {"outputs", "plots"},
     {"config", "data", "distributed", "losses", "loggers", "models", "optim"},
     {"training"},

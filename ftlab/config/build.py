@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ftlab.config.targets import CONTROL, locate, nodes
+from ftlab.config.targets import CONTROL, locate, nodes, parameter_name
 
 
 def build(node: Mapping[str, Any], **runtime: Any) -> Any:
@@ -32,7 +32,7 @@ def build(node: Mapping[str, Any], **runtime: Any) -> Any:
 
 def _make(node: Mapping[str, Any], runtime: Mapping[str, Any]) -> Any:
     target = locate(node["_target_"], "")
-    arguments = {name: _arguments(value) for name, value in node.items() if name not in CONTROL}
+    arguments = {parameter_name(name): _arguments(value) for name, value in node.items() if name not in CONTROL}
     if node.get("_partial_", False) and not runtime:
         return partial(target, **arguments)
     return target(**arguments, **runtime)

@@ -25,9 +25,11 @@ from ftlab.config.layers import leaves
 from ftlab.config.overrides import several_values
 from ftlab.config.resolve import resolve
 from ftlab.config.resolvers import claim_folder
+from ftlab.config.resume import resume_in, resumed_config
 from ftlab.config.rules import rule_for
 from ftlab.config.targets import forbidden, misfits
 from ftlab.errors import ConfigError, ConfigErrors
+from ftlab.storage.addresses import find_run
 
 
 def compose_config(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -> dict[str, Any]:
@@ -60,7 +62,8 @@ def check_command_line(
         leads: tells of a configuration whether its folder is this machine's to make.
 
     Returns:
-        The configuration of a run whose folder another machine makes, for which there is nothing for Hydra to do.
+        The configuration of a run for which there is nothing for Hydra to do: one that goes on in its folder, or
+        whose folder another machine makes.
 
     Raises:
         ConfigErrors: with everything that is wrong, with all jobs of a sweep.
@@ -71,6 +74,8 @@ def check_command_line(
     if any(shows):
         _raise(compose(flags.overrides, **search).problems if flags.cfg else [])
         return None
+    if resume_in(flags.overrides) is not None:
+        return _check_resumed(flags.overrides, flags.multirun, search)
     master = compose(flags.overrides, sweep=True, **search)
     if flags.multirun or master.cfg.hydra.mode == RunMode.MULTIRUN:
         _check_jobs(master, flags.overrides, search)
@@ -87,6 +92,17 @@ def check_command_line(
     except OSError as error:
         _raise([unwritable(Path(folder).absolute(), error.errno or errno.EIO)])
     return None
+
+
+def _check_resumed(overrides: Sequence[str], multirun: bool, search: dict[str, Any]) -> dict[str, Any]:
+    """The checked configuration of a run that goes on, in its own folder."""
+    if multirun:
+        problem = "goes on with one run, but -m starts several new ones"
+        raise ConfigError("resume", problem, "python train.py -m init_from=RUN ...")
+    config, composition = resumed_config(overrides, search)
+    _raise(_check_values(config, composition))
+    _raise(misfits(config))
+    return config
 
 
 def check_job(cfg: DictConfig) -> dict[str, Any]:
@@ -126,7 +142,19 @@ def _check_values(config: dict[str, Any], composition: Composition | None) -> It
             yield _with_origin(problem, key, composition)
     yield from contradictions(fine)
     yield from missing_inputs(fine)
+    yield from _beginning(fine)
     yield from forbidden(config)
+
+
+def _beginning(values: dict[str, Any]) -> Iterator[ConfigError]:
+    """What is wrong with where a new run begins."""
+    if values.get("resume") is not None:
+        yield ConfigError("resume", "belongs on the command line", f"python train.py resume={values['resume']}")
+    elif values.get("init_from") is not None and "resume" in values:  # one that goes on has been begun already
+        try:
+            find_run(values["init_from"], "init_from")
+        except ConfigError as problem:
+            yield problem
 
 
 def _with_origin(problem: ConfigError, key: str, composition: Composition | None) -> ConfigError:

@@ -13,7 +13,7 @@ Values = Mapping[str, Any]
 
 def contradictions(values: Values) -> Iterator[ConfigError]:
     """Check ``values`` (dotted key to value). Keys that are missing, or broken already, take part in no rule."""
-    for rule in (_length, _portions, _warmup, _sequence, _heads, _mesh):
+    for rule in (_length, _portions, _warmup, _sequence, _packing, _heads, _mesh):
         yield from rule(values)
 
 
@@ -67,6 +67,14 @@ def _sequence(values: Values) -> Iterator[ConfigError]:
     if _are_set(values, length, limit) and values[length] > values[limit]:
         problem = f"{values[length]} is more than the model's {limit} = {values[limit]}"
         yield ConfigError(length, problem, override(length, values[limit]))
+
+
+def _packing(values: Values) -> Iterator[ConfigError]:
+    if values.get("model._target_") != "ftlab.models.hf.HFModel":
+        return
+    for key, value in values.items():
+        if key.startswith("dataset.") and key.endswith("packing") and value not in (None, "none"):
+            yield ConfigError(key, f"{value}, but model=hf cannot keep packed documents apart", override(key, "none"))
 
 
 def _heads(values: Values) -> Iterator[ConfigError]:

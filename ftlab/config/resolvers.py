@@ -46,7 +46,7 @@ def _unless(other: Any, value: Any) -> Any:
 
 
 def _by_weights(checkpoint: Any, pretrained: Any, random: Any) -> Any:
-    """``${ftlab.by_weights:${model.checkpoint},A,B}``: A to go on from weights, B to start from random ones."""
+    """``${ftlab.by_weights:${model.checkpoint},A,B}``: A to begin with trained weights, B with random ones."""
     return random if checkpoint is None else pretrained
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import keyword
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,6 +33,11 @@ def nodes(tree: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     elif isinstance(tree, list):
         for i, child in enumerate(tree):
             yield from nodes(child, f"{key}[{i}]")
+
+
+def parameter_name(key: str) -> str:
+    """The parameter that a key stands for: Python reserves some words, ``async`` is ``async_`` there."""
+    return f"{key}_" if keyword.iskeyword(key) else key
 
 
 def forbidden(tree: Any, key: str = "", *, for_hydra: bool = False) -> Iterator[ConfigError]:
@@ -92,7 +98,7 @@ def _unbound(target: type, node: Mapping[str, Any], where: str) -> Iterator[Conf
     parameters = inspect.signature(target).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    given = {str(name): value for name, value in node.items() if name not in CONTROL}
+    given = {parameter_name(str(name)): value for name, value in node.items() if name not in CONTROL}
     for name, value in given.items():
         if name not in named and not takes_any:
             nearest = difflib.get_close_matches(name, named, n=1)

@@ -43,6 +43,13 @@ class Parallelism(Protocol):
         """Every data-parallel rank's ``value``, a small picklable object, in rank order; a collective."""
         ...
 
+    def gather_aside(self, value: Any) -> list[Any]:
+        """`gather` on a channel of its own, which a thread may use while the loop uses the others.
+
+        A collective of one thread at a time; the first call must come from every rank's main thread.
+        """
+        ...
+
     def sync_gradients(self, model: nn.Module, *, enabled: bool) -> None:
         """Whether the next backward is the last of its step; before it, ranks may keep gradients to themselves."""
         ...

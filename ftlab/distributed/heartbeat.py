@@ -36,6 +36,7 @@ _RECORD = struct.Struct("iiiqq16s")  # rank, pid, whether it has left in order, 
 _SLOT = 64  # bytes per rank
 _FAILURE = 64 * 1024  # bytes for the first failure, a JSON object
 _LOST = "Lost"
+_STOPPED = "Stopped"  # all ranks ended in good order, when asked to: nobody's failure, but no reason to start again
 _POLL_S = 0.1
 _CULPRIT_S = 1.0  # how long a rank whose exchange broke waits to learn who broke it
 _CLOSE_LOST_S = 1.5  # how long a rank may take to close its files once another is lost
@@ -175,6 +176,8 @@ class Watch:
         self._step, self._phase, self._left, self._count = 0, "start", 0, 0
         self._still: dict[int, tuple[int, float]] = {}  # local rank: its last pulse, seconds for which that stood still
         self._closing = False
+        self.leaves_signals = False
+        """Whether signals are somebody else's: the loop's, which saves before it stops."""
         self._lock = threading.Lock()
         self._parent = os.getppid()
         self._wake, self._signals = socket.socketpair()
@@ -189,6 +192,7 @@ class Watch:
             signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt),
             # SIGTERM mostly means that another rank failed: the thread finds out, and stops this one in good order.
             signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None),
+            signal.SIGUSR1: signal.signal(signal.SIGUSR1, lambda *_: None),
         }
         self._wakeup_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         self._thread.start()
@@ -208,6 +212,11 @@ class Watch:
         """Say what this rank is about to do."""
         self._step, self._phase = step, phase
         self._beat()
+
+    def stopped(self, exit_code: int) -> None:
+        """Note that this rank stops in good order with all others, because someone asked for it."""
+        self.leaves_signals = self._closing = True
+        self._claim(self._failure(_STOPPED, "stopped as asked, and saved", exit_code))
 
     def _beat(self) -> None:
         with self._lock:
@@ -280,18 +289,26 @@ class Watch:
             if self.is_orphan() and self.board.failure() is None:
                 self._claim(self._failure(_LOST, "the process that started the ranks is gone", 1))
             with suppress(BlockingIOError):
-                received, signalled_at = signal.Signals(self._signals.recv(64)[0]), min(now, signalled_at)
+                arrived = signal.Signals(self._signals.recv(64)[0])
+                if not self.leaves_signals:
+                    received, signalled_at = arrived, min(now, signalled_at)
             # Time in which this rank was stopped itself (Ctrl-Z, fg) is nobody's silence.
             self._look_around(min(now - before, 5 * _POLL_S))
             before = now
             if self._count % 5 == 0 and (told := self._elsewhere()) is not None:
                 self.board.claim(told)
             failure = self.board.failure()
+            if failure is not None and failure.kind == _STOPPED:
+                continue
             if failure is not None and stop_by == math.inf:
                 stop_by = now + (_CLOSE_LOST_S if failure.kind == _LOST else _CLOSE_S)
                 _thread.interrupt_main()  # it may be in a loop that waits for the lost one
             elif failure is None and now > signalled_at + _CULPRIT_S / 2:  # no failure made anyone send the signal
-                self._stop_on(received)
+                signalled_at = math.inf
+                if self.leaves_signals:  # it came before the loop listened
+                    os.kill(os.getpid(), received)
+                else:
+                    self._stop_on(received)
             if failure is not None and now > stop_by:
                 self._on_stuck(RankError(failure))
                 os._exit(failure.exit_code)

@@ -41,7 +41,7 @@ from ftlab.errors import ConfigError
 
 _POLL_S = 0.02
 _GOODBYE_S = 5.0
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # passed on to workers
 
 
 # -------------------------------------------------------------------------------------------- starting workers
@@ -103,10 +103,13 @@ def _launch_config(settings: Workers, n_local: int, scratch: Path) -> LaunchConf
         "max_restarts": settings.max_restarts,
         "monitor_interval": 0.1,
         "start_method": "spawn",
+        "signals_to_handle": ",".join(number.name for number in _SIGNALS),
         "logs_specs": DefaultLogsSpecs(log_dir=str(scratch)),  # else torch makes a folder of its own and leaves it
     }
     if any(field.name == "shutdown_timeout" for field in dataclasses.fields(LaunchConfig)):
-        options["shutdown_timeout"] = 10  # seconds from SIGTERM to SIGKILL; before torch 2.13 always 30
+        # Seconds from SIGTERM to SIGKILL, in which ranks finish their step and save; before torch 2.13 always 30.
+        # Those of a broken job do not take them: heartbeat.py sees to it.
+        options["shutdown_timeout"] = 600
     if settings.rdzv_endpoint is None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface("127.0.0.1"))
         return LaunchConfig(**options, run_id=uuid.uuid4().hex, rdzv_endpoint="localhost:0", local_addr="localhost")

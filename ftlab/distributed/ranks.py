@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ftlab.distributed.env import WorkerEnv
 
+# Ranks wait there for the slowest disk. That one of them is gone shows sooner: its connection breaks.
+_PATIENCE = timedelta(days=1)
+
 
 def join(worker: WorkerEnv, timeout_s: int) -> None:
     """Become a member of the default process group; every collective in it fails after ``timeout_s`` seconds."""
@@ -37,6 +40,7 @@ class Ranks:
         self.device = worker.device
         self.rank = self.dp_rank = worker.rank
         self.dp_size = worker.world_size
+        self._aside: dist.ProcessGroup | None = None
 
     def sum(self, value: Tensor) -> Tensor:
         total = value.detach().clone()
@@ -46,6 +50,13 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.dp_size
         dist.all_gather_object(values, value)
+        return values
+
+    def gather_aside(self, value: Any) -> list[Any]:
+        if self._aside is None:
+            self._aside = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        values: list[Any] = [None] * self.dp_size
+        dist.all_gather_object(values, value, group=self._aside)
         return values
 
     def barrier(self) -> None:

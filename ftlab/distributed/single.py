@@ -48,6 +48,9 @@ class OneRank:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def gather_aside(self, value: Any) -> list[Any]:
+        return [value]
+
     def sync_gradients(self, model: nn.Module, *, enabled: bool) -> None:
         pass
 

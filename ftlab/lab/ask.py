@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
-from ftlab.run import build_model, with_vocabulary
+from ftlab.models.auto import as_exported
+from ftlab.run import build_model, weights_in
 from ftlab.training.generate import generate
 
 
@@ -43,9 +43,7 @@ def ask(folder: Path, instruction: str, *, input: str, on_text: Callable[[str], 
     encoder = Encoder(tokenizer=tokenizer, template=template, train_on_input=False)
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(config["device"]))
-    model_config = replace(build(config["model"]), vocab_size=None, checkpoint=str(export))  # the export tells
-    model_config = with_vocabulary(model_config, export, tokenizer)
-    model = build_model(model_config, export, precision, parallel, seed=0)
+    model = build_model(as_exported(build(config["model"]), export), weights_in(export), precision, parallel)
     text = TextStream(tokenizer, on_text)
     prompt = encoder.prompt([Message("user", instruction, False, input)])
     with torch.no_grad(), precision.autocast(parallel.device):

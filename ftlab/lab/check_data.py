@@ -15,7 +15,7 @@ from ftlab.data.dataset import Dataset
 from ftlab.data.samples import Packs
 from ftlab.data.show import N_EXAMPLES, examples, shown
 from ftlab.data.tokenizers import Tokenizer
-from ftlab.models.weights import resolve_checkpoint
+from ftlab.models.hub import resolve_checkpoint
 from ftlab.plots import draw_lengths
 from ftlab.run import beside_checkpoint
 

@@ -15,6 +15,9 @@ class RunInfo:
     """What is known when training starts."""
 
     folder: Path
+    run_id: str  # the run's for ever, however often it goes on
+    first_step: int  # optimizer steps done before; 0 for a new run
+    logged_until: int  # the last step that loggers of earlier sessions were told of
     name: str
     config: dict[str, Any]  # resolved, secrets already masked
     seed: int

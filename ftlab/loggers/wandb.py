@@ -74,8 +74,9 @@ class WandbLogger:
         # `step` travels as a metric, and is every chart's x axis. W&B's own step counter only ever grows by
         # one: it would refuse validation metrics that arrive for a step that was logged already.
         self._step = step
-        row = {"step": step, **metrics}
-        self._put(lambda run: run.log(row))
+        if step > self._info.logged_until:  # W&B was told of the others before the run was cut back
+            row = {"step": step, **metrics}
+            self._put(lambda run: run.log(row))
 
     def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
         rows = [dict(sample) for sample in samples]
@@ -141,7 +142,8 @@ class WandbLogger:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        wandb.setup(wandb.Settings(silent=True, x_service_wait=_INIT_TIMEOUT_S))
+        settings = wandb.Settings(silent=True, x_service_wait=_INIT_TIMEOUT_S)
+        wandb.setup(settings)
         if mode == "online":
             try:
                 run = self._init_run("online")
@@ -149,6 +151,8 @@ class WandbLogger:
                 return run
             except Exception as error:
                 reason = f"the server refused ({_first_line(error)})"
+                wandb.teardown()  # W&B's own process holds the run's id, and would refuse it to the next
+                wandb.setup(settings)
         run = self._init_run("offline")
         self._finish_timeout_s = _OFFLINE_FINISH_TIMEOUT_S
         _log.info("W&B: offline, %s; upload later: wandb sync %s", reason, shortest(Path(run.dir).parent))
@@ -171,7 +175,11 @@ class WandbLogger:
             disable_git=True,
         )
         config = mask_secrets(self._info.config)
-        run = wandb.init(**self._identity, name=self._info.name, config=config, settings=settings)
+        # Offline, `wandb sync` puts together the folders of one id.
+        again: dict[str, Any] = {"resume": "allow"} if mode == "online" else {}
+        run = wandb.init(
+            **self._identity, **again, id=self._info.run_id, name=self._info.name, config=config, settings=settings
+        )
         run.define_metric("*", step_metric="step")
         return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -85,7 +86,10 @@ class Documents:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cuda":
-            return _compiled_flex_attention()(q, k, v, block_mask=self._mask, enable_gqa=q.shape[1] != k.shape[1])
+            from torch.nn.attention.flex_attention import flex_attention
+
+            attend = _compiled(flex_attention)
+            return attend(q, k, v, block_mask=self._mask, enable_gqa=q.shape[1] != k.shape[1])
         # (B, H, T, D) -> for each document (1, H, its length, D)
         parts = ([part.transpose(0, 1)[None] for part in self._by_document(t)] for t in (q, k, v))
         answers = [self._attend(*document)[0].transpose(0, 1) for document in zip(*parts, strict=True)]
@@ -104,13 +108,11 @@ def _block_mask(documents: Tensor, window: int | None) -> Any:
         return allowed if window is None else allowed & (query - key < window)
 
     n_rows, n_tokens = documents.shape
-    create = torch.compile(create_block_mask) if documents.is_cuda else create_block_mask
+    create = _compiled(create_block_mask) if documents.is_cuda else create_block_mask
     return create(may_attend, n_rows, None, n_tokens, n_tokens, device=documents.device)
 
 
 @cache
-def _compiled_flex_attention() -> Any:
-    """Flex attention as one kernel; uncompiled it would write out all T x T scores."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled once: as it is, flex attention would write out all T x T scores, and its mask's maker all places."""
+    return torch.compile(function)

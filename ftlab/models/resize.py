@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ftlab.errors import ConfigError
-from ftlab.models.layouts import Layout, StoredTensor, described_sizes
-from ftlab.models.transformer import ModelConfig
+from ftlab.models.config import ModelConfig
+from ftlab.models.hf import HFModelConfig
+from ftlab.models.layouts import Layout, described_sizes
+from ftlab.models.stored import StoredTensor
+
+_Config = TypeVar("_Config", bound="ModelConfig | HFModelConfig")
 
 _OF_THE_VOCABULARY = ("embedding.weight", "head.weight")
 # Models have a few rows more than their tokenizer has ids, to make the number round: Qwen2.5 0.3 %, Phi-2 1.8 %.
@@ -21,7 +26,7 @@ _LEAST_SHARE_OF_ROWS = 0.9
 _ROWS_AT_A_TIME = 4096
 
 
-def fit_vocabulary(model: ModelConfig, folder: Path | None, n_ids: int, new_ids: range) -> ModelConfig:
+def fit_vocabulary(model: _Config, folder: Path | None, n_ids: int, new_ids: range) -> _Config:
     """``model`` with as many rows as ``n_ids`` need.
 
     Random weights take the tokenizer's size. Pretrained ones keep their rows, of which they may have some more than

@@ -26,9 +26,9 @@ def barrier() -> None:
 def held_rows(parameter: Tensor) -> tuple[Tensor, slice]:
     """What this rank holds of ``parameter``, sharing its memory, and which rows (dim 0) of the whole those are.
 
-    There may be none: 8 ranks share a matrix of 4 rows.
+    There may be none: 8 ranks share a matrix of 4 rows. A scalar counts as one row.
     """
-    parameter = parameter.detach()
+    parameter = parameter.detach() if parameter.ndim else parameter.detach().view(1)
     if not isinstance(parameter, DTensor):
         return parameter, slice(0, parameter.shape[0])
     axis = _sharded_axis(parameter)
@@ -36,6 +36,33 @@ def held_rows(parameter: Tensor) -> tuple[Tensor, slice]:
     local = parameter.to_local()
     assert len(local) == rows.stop - rows.start
     return local, rows
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, slice]:
+    """The rows of ``tensor`` that it falls to this rank to write, so that all ranks together write each row once.
+
+    Of what only this rank holds, all; what several ranks hold copies of (the groups of HSDP, all ranks of DDP, a
+    counter anywhere) is divided among them.
+    """
+    local, rows = held_rows(tensor)
+    copy, n_copies = _copy_of(tensor)
+    share = -(-len(local) // n_copies)
+    start, stop = min(copy * share, len(local)), min((copy + 1) * share, len(local))
+    return local[start:stop], slice(rows.start + start, rows.start + stop)
+
+
+def _copy_of(tensor: Tensor) -> tuple[int, int]:
+    """Which of how many ranks with the same rows this one is."""
+    if not dist.is_initialized():
+        return 0, 1
+    if not isinstance(tensor, DTensor):
+        return dist.get_rank(), dist.get_world_size()
+    number, count = 0, 1
+    for axis, placement in enumerate(tensor.placements):
+        if placement != Shard(0):
+            size = tensor.device_mesh.size(axis)
+            number, count = number * size + tensor.device_mesh.get_local_rank(axis), count * size
+    return number, count
 
 
 def all_rows(parameter: Tensor) -> Iterator[Tensor]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,91 +12,27 @@ import torch
 from torch import Tensor
 
 from ftlab.errors import ConfigError, ConfigErrors
-from ftlab.models.layouts import (
-    HF_CONFIG,
-    INDEX,
-    KEY,
-    SINGLE,
-    Layout,
-    StoredTensor,
-    described_sizes,
-    hf_names,
-    open_folder,
-)
+from ftlab.models.config import ModelConfig
+from ftlab.models.hf import HFTransformer
+from ftlab.models.hf_layout import CONFIG, INDEX, SINGLE
+from ftlab.models.layouts import Layout, described_sizes, open_folder
+from ftlab.models.meta_layout import PARAMS, is_rotated, meta_names, meta_params, pairs_from_halves
 from ftlab.models.resize import with_new_rows
 from ftlab.models.safetensors_stream import SafetensorsWriter
 from ftlab.models.shards import all_rows, barrier, held_rows, this_rank
-from ftlab.models.transformer import ModelConfig, Transformer
+from ftlab.models.stored import KEY, StoredTensor
+from ftlab.models.transformer import Transformer
 
+PIECE_BYTES = 4 * 2**20  # read together
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub's tools and transformers use
-HUB_TIMEOUT_S = 10.0
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve_checkpoint(name: str) -> Path:
-    """The folder that ``model.checkpoint`` means: a local one, or a Hub repository's, downloaded if need be.
-
-    Raises:
-        ConfigError: when it is neither, or the Hub is unreachable, refuses (gated) or does not know the id.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ConfigError(KEY, f"{name} is a file, not a folder", fix=f"{KEY}={folder.parent}")
-    if not _HUB_ID.fullmatch(name):
-        raise ConfigError(KEY, f"there is no folder {name}", fix=f"{KEY}=/path/to/folder")
-    return _download(name)
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    fix = f"{KEY}=/path/to/folder"
-    try:
-        # One cheap question first: it fails within seconds where a download would retry file after file.
-        HfApi().model_info(repo_id, timeout=HUB_TIMEOUT_S)
-        return _snapshot(repo_id, local_files_only=False)
-    except GatedRepoError as error:
-        raise ConfigError(
-            KEY,
-            f"{repo_id} is gated: accept its licence at https://huggingface.co/{repo_id} and log in, "
-            "or give the path of a local copy",
-            fix,
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ConfigError(KEY, f"there is no folder {repo_id}, nor such a Hub repository", fix) from error
-    except Exception as unreachable:  # the transport's errors differ from one huggingface_hub to the next
-        try:
-            return _snapshot(repo_id, local_files_only=True)
-        except LocalEntryNotFoundError:
-            reason = next(iter(str(unreachable).splitlines()), "") or type(unreachable).__name__
-            raise ConfigError(
-                KEY, f"{repo_id} is not on this machine, and the Hub cannot be reached ({reason})", fix
-            ) from unreachable
-
-
-def _snapshot(repo_id: str, *, local_files_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(
-            repo_id,
-            allow_patterns=["*.json", "*.safetensors", "*.model"],
-            ignore_patterns=["original/*"],  # Meta's layout of the same weights
-            etag_timeout=HUB_TIMEOUT_S,
-            local_files_only=local_files_only,
-        )
-    )
-
-
-def load_weights(model: Transformer, folder: Path, new_ids: range = range(0)) -> None:
+def load_weights(model: Transformer | HFTransformer, folder: Path, new_ids: range = range(0)) -> None:
     """Copy a folder's weights into the model's parameters, in place and in their dtype.
 
     The folder is compared with the model first (its config.json or params.json, then every tensor's shape),
     so nothing is changed when it does not fit. Of a sharded parameter each rank reads its own rows. Peak memory
-    above the parameters: one tensor, or this rank's rows of it.
+    above the parameters: some 4 MiB pieces of one tensor.
 
     Args:
         model: parameters allocated (``to_empty``), not on meta; whole or sharded.
@@ -109,16 +44,33 @@ def load_weights(model: Transformer, folder: Path, new_ids: range = range(0)) ->
         ConfigError: naming the contradiction, the first tensor that does not fit, or the damaged file.
         ConfigErrors: when the folder contradicts several keys at once.
     """
-    _compare_sizes(model.config, folder, but=("vocab_size",) if new_ids else ())
-    layout = open_folder(folder, model.config)
-    if new_ids:
-        layout = with_new_rows(layout, new_ids, model.embedding.num_embeddings)
+    for _, parameter, stored in stored_tensors(model, folder, new_ids):
+        assign(parameter, stored)
+
+
+def stored_tensors(
+    model: Transformer | HFTransformer, folder: Path, new_ids: range = range(0)
+) -> Iterator[tuple[str, Tensor, StoredTensor]]:
+    """Name, parameter, and what the folder holds for it, in the files' order: disks like it.
+
+    Raises:
+        ConfigError, ConfigErrors: as `load_weights`, before the first is given.
+    """
+    if isinstance(model, Transformer):
+        compare_sizes(model.config, folder, but=("vocab_size",) if new_ids else ())
+        layout = open_folder(folder, model.config)
+        if new_ids:
+            layout = with_new_rows(layout, new_ids, model.embedding.num_embeddings)
+    elif new_ids:
+        raise ConfigError("tokenizer.added_tokens", "model=hf keeps the vocabulary of its checkpoint")
+    else:
+        layout = model.open_folder(folder)
     parameters = dict(model.named_parameters())
     _compare_shapes(parameters, layout, folder)
     ours = {theirs: ours for ours, theirs in layout.names.items()}
-    for name, stored in layout.tensors.items():  # in the files' order: disks like it
+    for name, stored in layout.tensors.items():
         if ours.get(name) in parameters:
-            assign(parameters[ours[name]], stored)
+            yield ours[name], parameters[ours[name]], stored
 
 
 @torch.no_grad()
@@ -126,24 +78,46 @@ def assign(parameter: Tensor, stored: StoredTensor) -> None:
     """Fill one parameter from its files, reading only the rows that this rank holds."""
     assert not parameter.is_meta, "copying into a meta tensor does nothing: call to_empty first"
     local, rows = held_rows(parameter)
-    if len(local):
-        local.copy_(stored.read(rows))
+    # In pieces: what is read goes through memory once more, and an embedding can be a tenth of a model.
+    n_rows = max(1, PIECE_BYTES * len(local) // max(local.nbytes, 1))
+    for start in range(rows.start, rows.stop, n_rows):
+        piece = slice(start, min(start + n_rows, rows.stop))
+        local[piece.start - rows.start : piece.stop - rows.start].copy_(stored.read(piece))
 
 
-def _compare_sizes(config: ModelConfig, folder: Path, but: Collection[str]) -> None:
+def compare_sizes(config: ModelConfig, folder: Path, but: Collection[str]) -> None:
+    """Refuse a folder whose config.json or params.json contradicts ``config``, in other keys than ``but``.
+
+    Raises:
+        ConfigError: naming the key and both values.
+        ConfigErrors: when it contradicts several keys.
+    """
     file, sizes = described_sizes(folder)
     problems = []
     for key, theirs in sizes.items():
-        if key in but:
+        if key in but or key == "max_seq_len":  # what a user may choose
             continue
         value = getattr(config, key)
         same = value == theirs or (isinstance(theirs, float) and math.isclose(value, theirs, rel_tol=1e-6))
         if not same:
-            problems.append(
-                ConfigError(f"model.{key}", f"{value}, but {folder / file} says {theirs}", fix=f"model.{key}={theirs}")
-            )
+            plain = theirs is None or isinstance(theirs, (int, float))
+            fix = f"model.{key}={'null' if theirs is None else theirs}" if plain else "model=auto"
+            problems.append(ConfigError(f"model.{key}", f"{value}, but {folder / file} says {theirs}", fix))
     if problems:
+        rows = sizes.get("vocab_size", config.vocab_size) if "vocab_size" in but else config.vocab_size
+        problems += _misfit(config.replace(vocab_size=rows), folder)
         raise problems[0] if len(problems) == 1 else ConfigErrors(problems)
+
+
+def _misfit(config: ModelConfig, folder: Path) -> list[ConfigError]:
+    """What ``_compare_shapes`` says of a folder, if its weights are here already and the model can be built."""
+    try:
+        with torch.device("meta"):
+            parameters = dict(config.build().named_parameters())
+        _compare_shapes(parameters, open_folder(folder, config), folder)
+    except ConfigError as problem:
+        return [problem] if "holds another architecture" in problem.problem else []
+    return []
 
 
 def _compare_shapes(parameters: Mapping[str, Tensor], layout: Layout, folder: Path) -> None:
@@ -167,12 +141,12 @@ def _compare_shapes(parameters: Mapping[str, Tensor], layout: Layout, folder: Pa
             KEY,
             f"{folder} holds another architecture: {problems[0]}; of the model's {len(parameters)} tensors "
             f"{len(misshaped)} differ in shape, {len(missing)} are absent; {len(unexpected)} are left over",
-            fix="the model option that these weights belong to",
+            fix=f"model=auto {KEY}={folder}",
         )
 
 
 def export_weights(
-    model: Transformer,
+    model: Transformer | HFTransformer,
     folder: Path,
     *,
     dtype: torch.dtype,
@@ -195,14 +169,14 @@ def export_weights(
         bos_id, eos_id, pad_id: the tokenizer's, for whoever generates with the folder.
         max_shard_bytes: largest file; a single larger tensor still gets a file of its own.
     """
-    names = hf_names(model.config.n_layers)
+    names = model.hf_names()
     parameters = {names[name]: parameter for name, parameter in model.named_parameters()}
     files = _plan_files(parameters, dtype.itemsize, max_shard_bytes)
     writes = this_rank() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         indexed = folder.glob("model-*-of-*.safetensors")
-        for stale in [folder / "config.json", folder / SINGLE, folder / INDEX, *indexed]:
+        for stale in [folder / CONFIG, folder / SINGLE, folder / INDEX, *indexed]:
             stale.unlink(missing_ok=True)
     for file, tensors in files.items():
         _write_tensors(folder / file if writes else None, {name: parameters[name] for name in tensors}, dtype)
@@ -213,19 +187,54 @@ def export_weights(
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
         _write_json(folder / "generation_config.json", token_ids)
-        _write_json(folder / "config.json", _hf_config(model.config, dtype) | token_ids)
+        described = model.hf_config(str(dtype).removeprefix("torch."))
+        known = {key: token for key, token in token_ids.items() if token is not None}
+        _write_json(folder / CONFIG, token_ids | described | known)
     barrier()  # no rank goes on as if the folder were there before it is
+
+
+def export_meta_weights(model: Transformer, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write the model in Meta's layout: consolidated.00.pth and params.json.
+
+    Every rank must call it, and rank 0 writes; it holds the whole model in ``dtype`` while it does, as the format
+    wants. A tied head is written out, as Meta's own files have it.
+
+    Raises:
+        ConfigError: for a family that Meta's code does not compute.
+    """
+    config = model.config
+    if config.family != "llama":
+        raise ConfigError("model.family", f"Meta's layout is for Llamas, and this is a {config.family}")
+    assert config.head_dim is not None  # ModelConfig resolved it
+    state = {}
+    for name, theirs in meta_names(config).items():
+        tied = name == "head.weight" and config.tie_embeddings
+        pieces = list(all_rows(model.get_parameter("embedding.weight" if tied else name)))
+        if pieces:  # on rank 0
+            whole = torch.cat(pieces).to(dtype)
+            state[theirs] = pairs_from_halves(whole, config.head_dim) if is_rotated(theirs) else whole
+        barrier()
+    if this_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in [folder / PARAMS, *folder.glob("consolidated.*.pth")]:
+            stale.unlink(missing_ok=True)
+        torch.save(state, folder / "consolidated.00.pth")
+        _write_json(folder / PARAMS, meta_params(config))
+    barrier()
 
 
 def _write_tensors(path: Path | None, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Write one file; with no ``path``, send this rank's rows to the rank that writes."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    with nullcontext() if path is None else SafetensorsWriter(path, shapes, dtype) as file:
+    with nullcontext() if path is None else path.open("wb") as file:
+        shapes = {name: (tuple(parameter.shape), dtype) for name, parameter in parameters.items()}
+        writer = None if file is None else SafetensorsWriter(file, shapes)
         for parameter in parameters.values():
             for piece in all_rows(parameter):  # there are some on rank 0 only
-                assert file is not None
-                file.write(piece)
+                assert writer is not None
+                writer.write(piece.to(dtype))
             barrier()  # else a rank with little to send would wait for the disk in its next collective, and time out
+        if writer is not None:
+            writer.finish()
 
 
 def _plan_files(parameters: Mapping[str, Tensor], itemsize: int, max_bytes: int) -> dict[str, list[str]]:
@@ -242,20 +251,6 @@ def _plan_files(parameters: Mapping[str, Tensor], itemsize: int, max_bytes: int)
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
-
-
-def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
-    sizes = {theirs: getattr(config, ours) for ours, theirs in HF_CONFIG.items()}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **sizes,
-        "max_position_embeddings": config.max_seq_len,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,8 +17,9 @@ from ftlab.data.samples import JoinedSamples, Samples
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
+from ftlab.errors import ConfigError
 from ftlab.losses import Loss
-from ftlab.models.transformer import Transformer
+from ftlab.models.auto import AnyModel
 from ftlab.training.generate import generate
 
 Sample = dict[str, Any]
@@ -29,11 +30,24 @@ class EvaluationConfig:
     """When and how much to evaluate; ``conf/evaluation/default.yaml`` explains each key."""
 
     at_start: bool
+    metric: str
+    patience: int | None
     every_steps: int | None
     batch_size: int
     max_batches: int | None
     n_samples: int
     max_new_tokens: int
+
+    def deciding(self, metrics: Mapping[str, float]) -> float:
+        """The value by which checkpoints and patience go.
+
+        Raises:
+            ConfigError: when nothing of that name was measured.
+        """
+        if self.metric not in metrics:
+            measured = ", ".join(metrics)
+            raise ConfigError("evaluation.metric", f"{self.metric!r} is not measured here; there are {measured}")
+        return metrics[self.metric]
 
 
 @dataclass(kw_only=True)
@@ -58,7 +72,7 @@ class Evaluator:
         every = self.config.every_steps
         return ends_run or (ends_epoch if every is None else step % every == 0)
 
-    def __call__(self, model: Transformer, step: int, precision: Precision, parallel: Parallelism) -> dict[str, float]:
+    def __call__(self, model: AnyModel, step: int, precision: Precision, parallel: Parallelism) -> dict[str, float]:
         """``val/…`` metrics of ``model``; answers are generated once it has trained at all."""
         model.eval()
         with torch.no_grad(), precision.autocast(parallel.device):
@@ -72,7 +86,7 @@ class Evaluator:
         model.train()
         return metrics
 
-    def _mean_loss(self, model: Transformer, parallel: Parallelism) -> float:
+    def _mean_loss(self, model: AnyModel, parallel: Parallelism) -> float:
         """Mean negative log-likelihood per target token, in nats, over all ranks' rows."""
         loader = BatchLoader(
             self.validation,
@@ -95,7 +109,7 @@ class Evaluator:
         nll_sum, n_targets = parallel.sum(total).tolist()
         return nll_sum / n_targets
 
-    def _answer(self, model: Transformer, step: int, parallel: Parallelism) -> list[Sample]:
+    def _answer(self, model: AnyModel, step: int, parallel: Parallelism) -> list[Sample]:
         """Greedy answers: to every validation prompt if answers are verifiable, else to the first ``n_samples``.
 
         Prompts are dealt to the ranks like rows; every rank returns all answers.

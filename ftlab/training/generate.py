@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ftlab.errors import ConfigError, DataError
-from ftlab.models.layers import KVCache
-from ftlab.models.transformer import Transformer
+from ftlab.models.auto import AnyModel
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: AnyModel,
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
@@ -90,7 +91,7 @@ def generate(
 
 
 def _decode(
-    model: Transformer,
+    model: AnyModel,
     tokens: Tensor,
     n_new: int,
     eos_id: int,
@@ -98,7 +99,7 @@ def _decode(
     any_rank: Callable[[bool], bool],
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the new token of each row of tokens (B, T); None for a row that met EOS."""
-    cache = KVCache(model.config.n_layers, capacity=tokens.shape[1] + n_new)
+    cache = model.new_cache(capacity=tokens.shape[1] + n_new)
     running = [True] * len(tokens)
     for _ in range(n_new):
         any_rank(True)
@@ -111,13 +112,22 @@ def _decode(
         tokens = chosen[:, None]  # finished rows go on too: cheaper than shrinking the cache
 
 
-def _last_logits(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+def _last_logits(model: AnyModel, tokens: Tensor, cache: Any) -> Tensor:
     """Logits (B, V) after the last token only: those of whole prompts can take gigabytes."""
+    return model(tokens, tokens, _LastLogits(tokens.shape), cache=cache)
 
-    def head(hidden: Tensor, weight: Tensor, _targets: Tensor) -> Tensor:
-        return F.linear(hidden.unflatten(0, tokens.shape)[:, -1], weight)
 
-    return model(tokens, tokens, head, cache=cache)
+@dataclass(frozen=True)
+class _LastLogits:
+    """In a loss's place: rows of (B * T) positions to the logits of each row's last."""
+
+    shape: torch.Size
+
+    def __call__(self, hidden: Tensor, head_weight: Tensor, _targets: Tensor) -> Tensor:
+        return F.linear(hidden.unflatten(0, self.shape)[:, -1], head_weight)
+
+    def of_logits(self, logits: Tensor, _targets: Tensor) -> Tensor:
+        return logits.unflatten(0, self.shape)[:, -1]
 
 
 def sample(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

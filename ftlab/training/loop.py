@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -15,9 +16,12 @@ from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError
 from ftlab.losses import Loss
+from ftlab.storage.checkpoints import less_is_better
+from ftlab.training.checkpoint import Checkpointer
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.metrics import PhaseClock, peak_memory_gib
 from ftlab.training.state import FiniteGuard, TrainState
+from ftlab.training.wishes import N_WISHES, Agreed, Wishes
 
 Metrics = dict[str, float]
 
@@ -51,6 +55,22 @@ class TrainerConfig:
             )
         return self.global_batch_size // per_micro_step
 
+    def with_global_batch_size(self, n: int, dp_size: int) -> TrainerConfig:
+        """The same with ``n`` samples per optimizer step, in micro-batches that are no larger, on any number of ranks.
+
+        Raises:
+            ConfigError: when the ranks cannot share them equally.
+        """
+        fitting = [size for size in range(1, self.batch_size + 1) if n % (size * dp_size) == 0]
+        if not fitting:
+            fewer = max(ranks for ranks in range(1, dp_size + 1) if n % ranks == 0)
+            raise ConfigError(
+                "parallelism.nproc_per_node",
+                f"{dp_size} ranks cannot share the {n} rows that this run takes a step",
+                f"parallelism.nproc_per_node={fewer}",
+            )
+        return replace(self, batch_size=fitting[-1], global_batch_size=n, gradient_accumulation_steps=None)
+
     def epoch_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of one epoch of a loader that has ``steps_per_epoch``."""
         return min(steps_per_epoch, self.max_steps_per_epoch or steps_per_epoch)
@@ -69,6 +89,7 @@ class Run:
 
     Attributes:
         evaluator: measures validation metrics; None without validation rows.
+        checkpointer: saves; None where nothing is kept.
         log: takes the metrics of a step, and the step.
         step_flops: FLOPs of a forward and backward over sequences of the given real lengths.
         peak_flops: what the device could do per second.
@@ -84,16 +105,35 @@ class Run:
     log: Callable[[Metrics, int], None]
     step_flops: Callable[[list[int]], float]
     peak_flops: float
+    checkpointer: Checkpointer | None = None
     clock: PhaseClock = field(default_factory=PhaseClock)
     guard: FiniteGuard = field(init=False)
+    wishes: Wishes = field(init=False)
 
     def __post_init__(self) -> None:
         self.guard = FiniteGuard(self.state.optimizer, self.state.scaler, self.parallel.device)
+        self.wishes = Wishes(self.parallel.device)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.trainer.total_steps(self.loader.steps_per_epoch)
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the step just done was the last of its epoch."""
+        return self.state.progress.epoch_step == self.trainer.epoch_steps(self.loader.steps_per_epoch)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether validation has not become better for as long as the configuration waits."""
+        patience = self.evaluator.config.patience if self.evaluator else None
+        return patience is not None and self.state.progress.evaluations_since_best >= patience
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.state.progress.step >= self.total_steps or self.out_of_patience
 
 
 @dataclass(frozen=True)
@@ -105,18 +145,20 @@ class StepMetrics:
         grad_norm: scalar, global, before clipping.
         lr: the peak group's learning rate in this step.
         counts: (3,) int64 over all ranks: target tokens, real tokens, samples.
+        wishes: (N_WISHES,) int64, what the ranks wish for.
     """
 
     loss: Tensor
     grad_norm: Tensor
     lr: float
     counts: Tensor
+    wishes: Tensor
 
 
 def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
     """One optimizer step: the gradient of the mean loss per target token over all micro-batches and ranks."""
     state, parallel = run.state, run.parallel
-    counts = parallel.sum(count(micro_batches, parallel.device))
+    counts, wishes = parallel.sum(count(micro_batches, run.wishes, parallel.device)).split((3, N_WISHES))
     n_targets = counts[0]
     nll = torch.zeros((), device=parallel.device)
     for i, batch in enumerate(micro_batches):
@@ -140,49 +182,87 @@ def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
     lr = state.optimizer.param_groups[0]["lr"]
     state.scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return StepMetrics(loss, grad_norm, lr, counts)
+    return StepMetrics(loss, grad_norm, lr, counts, wishes)
 
 
-def count(micro_batches: list[Batch], device: torch.device) -> Tensor:
-    """(3,) int64 on ``device``: target tokens, real tokens, samples of this rank."""
+def count(micro_batches: list[Batch], wishes: Wishes, device: torch.device) -> Tensor:
+    """(3 + N_WISHES,) int64 on ``device``: target tokens, real tokens, samples of this rank, and what it wishes."""
     counts = [
         sum(batch.n_targets for batch in micro_batches),
         sum(batch.n_tokens for batch in micro_batches),
         sum(len(batch.sample_ids) for batch in micro_batches),
     ]
-    return torch.tensor(counts).to(device, non_blocking=True)
+    return torch.tensor(counts + wishes.mine()).to(device, non_blocking=True)
 
 
-def fit(run: Run) -> None:
-    """Train until the last step; evaluate and log on the way.
+def fit(run: Run) -> signal.Signals | None:
+    """Train until the last step, or until told to stop; evaluate, log and save on the way.
+
+    Returns:
+        The signal that stopped the run after a whole step, which is saved then; None when it trained to its end.
 
     Raises:
         NonFiniteError: a loss or gradient was NaN or infinite; the weights are those before that step.
+        SaveError: the last checkpoint could not be written.
     """
     progress, total = run.state.progress, run.total_steps
     window = LogWindow(run)
-    evaluate_if_due(run)
-    run.clock.enter("data")
-    run.clock.take()
-    for micro_batches in remaining_steps(run):
-        metrics = train_step(run, micro_batches)
-        progress.step += 1
-        progress.epoch_step += 1
-        window.add(micro_batches, metrics)
-        if progress.step % run.trainer.log_every_steps == 0 or progress.step in (1, total):
-            run.log(window.close(metrics), progress.step)
+    with run.wishes.listening():
         evaluate_if_due(run)
+        asked = run.wishes.agreed_now(run.parallel)
         run.clock.enter("data")
+        run.clock.take()
+        for micro_batches in () if asked.stop is not None or run.out_of_patience else remaining_steps(run):
+            metrics = train_step(run, micro_batches)
+            progress.step += 1
+            progress.epoch_step += 1
+            window.add(micro_batches, metrics)
+            if progress.step % run.trainer.log_every_steps == 0 or progress.step in (1, total):
+                run.log(window.close(metrics), progress.step)
+            asked = run.wishes.agreed(metrics.wishes)
+            validation = evaluate_if_due(run) if asked.stop is None else {}
+            save_if_due(run, window, asked, validation)
+            if asked.stop is not None or run.out_of_patience:
+                break
+            run.clock.enter("data")
+        if run.checkpointer is not None:
+            run.clock.enter("save")
+            run.checkpointer.close()
+    return asked.stop
 
 
-def evaluate_if_due(run: Run) -> None:
-    """Measure and log validation metrics where the configuration asks for them."""
-    step, epoch_step = run.state.progress.step, run.state.progress.epoch_step
-    ends_epoch = epoch_step == run.trainer.epoch_steps(run.loader.steps_per_epoch)
-    ends_run = step == run.total_steps
-    if run.evaluator is not None and run.evaluator.due(step, ends_epoch=ends_epoch, ends_run=ends_run):
-        run.clock.enter("eval")
-        run.log(run.evaluator(run.state.model, step, run.precision, run.parallel), step)
+def evaluate_if_due(run: Run) -> Metrics:
+    """Measure and log validation metrics where the configuration asks for them; empty where it does not."""
+    progress, evaluator = run.state.progress, run.evaluator
+    ends_run = progress.step == run.total_steps
+    if evaluator is None or progress.evaluated_at == progress.step:
+        return {}
+    if not evaluator.due(progress.step, ends_epoch=run.ends_epoch, ends_run=ends_run):
+        return {}
+    run.clock.enter("eval")
+    metrics = evaluator(run.state.model, progress.step, run.precision, run.parallel)
+    run.log(metrics, progress.step)
+    progress.evaluated_at = progress.step
+    value = evaluator.config.deciding(metrics) if progress.step else None
+    if value is not None:
+        progress.note(value, less_is_better=less_is_better(evaluator.config.metric))
+    return metrics
+
+
+def save_if_due(run: Run, window: LogWindow, asked: Agreed, validation: Metrics) -> None:
+    """Write a checkpoint where the configuration, the clock or a signal asks for one."""
+    progress = run.state.progress
+    if run.checkpointer is None:
+        return
+    ends_run = progress.step == run.total_steps or run.out_of_patience
+    is_best = bool(validation) and progress.best_step == progress.step
+    due = run.checkpointer.due(
+        progress.step, ends_epoch=run.ends_epoch, ends_run=ends_run, validated=bool(validation), is_best=is_best
+    )
+    if due or asked.save or asked.stop is not None:
+        run.clock.enter("save")
+        window.settle()  # exact counts, and the proof that no step was bad
+        run.checkpointer.save(validation, last=ends_run or asked.stop is not None)
 
 
 def remaining_steps(run: Run) -> Iterator[list[Batch]]:
@@ -197,11 +277,12 @@ def remaining_steps(run: Run) -> Iterator[list[Batch]]:
 
 
 class LogWindow:
-    """Collects steps between two logged ones; only ``close`` makes the host wait for the device."""
+    """Collects steps between two logged ones; only ``settle`` and ``close`` make the host wait for the device."""
 
     def __init__(self, run: Run):
         self._run = run
         self._counts = torch.zeros(3, dtype=torch.int64, device=run.parallel.device)
+        self._settled = [0, 0, 0]  # the part of them that progress knows
         self._flops = 0.0
 
     def add(self, micro_batches: list[Batch], metrics: StepMetrics) -> None:
@@ -209,16 +290,27 @@ class LogWindow:
         self._counts = self._counts + metrics.counts
         self._flops += self._run.step_flops([n for batch in micro_batches for n in batch.lengths])
 
-    def close(self, metrics: StepMetrics) -> Metrics:
-        """The line to log for the step just done: its loss, and speed over the whole window."""
-        run, progress = self._run, self._run.state.progress
-        run.guard.check()
-        target_tokens, tokens, samples = self._counts.tolist()
+    def settle(self) -> None:
+        """Bring the run's counts up to the step just done.
+
+        Raises:
+            NonFiniteError: if a step since the last time was bad.
+        """
+        self._run.guard.check()
+        progress, counts = self._run.state.progress, self._counts.tolist()
+        target_tokens, tokens, samples = (now - then for now, then in zip(counts, self._settled, strict=True))
         progress.target_tokens += target_tokens
         progress.tokens += tokens
         progress.samples += samples
+        self._settled = counts
+
+    def close(self, metrics: StepMetrics) -> Metrics:
+        """The line to log for the step just done: its loss, and speed over the whole window."""
+        run, progress = self._run, self._run.state.progress
+        self.settle()
+        _, tokens, _ = self._settled
         seconds = run.clock.take()
-        busy = sum(s for phase, s in seconds.items() if phase != "eval")
+        busy = sum(s for phase, s in seconds.items() if phase not in ("eval", "save"))
         progress.train_s += busy
         line = {
             "epoch": progress.epoch + progress.epoch_step / run.trainer.epoch_steps(run.loader.steps_per_epoch),
@@ -231,5 +323,5 @@ class LogWindow:
             "perf/data_wait_frac": seconds.get("data", 0.0) / busy,
             "memory/peak_gib": peak_memory_gib(run.parallel.device),
         }
-        self._counts, self._flops = torch.zeros_like(self._counts), 0.0
+        self._counts, self._settled, self._flops = torch.zeros_like(self._counts), [0, 0, 0], 0.0
         return line

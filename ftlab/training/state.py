@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ftlab.errors import NonFiniteError
-from ftlab.models.transformer import Transformer
+from ftlab.models.auto import AnyModel
 
 
 @dataclass
@@ -22,14 +23,25 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    train_s: float = 0.0  # wall-clock seconds in steps, evaluation not counted
+    train_s: float = 0.0  # wall-clock seconds in steps, evaluation and saving not counted
+    evaluated_at: int | None = None  # the step that was validated last
+    best: float | None = None  # of the validation metric that decides, so far
+    best_step: int = 0
+    evaluations_since_best: int = 0
+
+    def note(self, value: float, *, less_is_better: bool) -> None:
+        """Take in the deciding validation metric of this step."""
+        better = self.best is None or (value < self.best if less_is_better else value > self.best)
+        self.evaluations_since_best += 1
+        if better and math.isfinite(value):
+            self.best, self.best_step, self.evaluations_since_best = value, self.step, 0
 
 
 @dataclass(kw_only=True)
 class TrainState:
     """Model, optimizer, schedule, loss scaler and progress: what a checkpoint holds."""
 
-    model: Transformer
+    model: AnyModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler

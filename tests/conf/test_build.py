@@ -80,7 +80,7 @@ def test_a_config_error_of_a_node_inside_does_too() -> None:
     "target",
     [
         "os.system",  # the name is not allowed
-        "ftlab.outputs.write_atomically",  # ours, but a function
+        "ftlab.outputs.mask_secrets",  # ours, but a function
         "ftlab.outputs.Path",  # a class, but another's
         "ftlab.losses.Tensor",
         "ftlab.outputs.os.system",

@@ -16,7 +16,7 @@ import pytest
 from ftlab.config.check import compose_config
 from ftlab.config.compose import CONF
 from ftlab.config.layers import leaves
-from ftlab.config.targets import CONTROL, locate, nodes
+from ftlab.config.targets import CONTROL, locate, nodes, parameter_name
 from ftlab.errors import ConfigErrors
 
 PACKAGE = CONF.parent / "ftlab"
@@ -54,7 +54,8 @@ def test_a_default_lives_in_yaml_only(option: str) -> None:
     for key, node in nodes(composed(option)):
         if node["_target_"].startswith("ftlab."):
             parameters = inspect.signature(locate(node["_target_"], key)).parameters
-            twice = [name for name in node if name not in CONTROL and parameters[name].default is not inspect._empty]
+            given = [parameter_name(name) for name in node if name not in CONTROL]
+            twice = [name for name in given if parameters[name].default is not inspect._empty]
             assert twice == [], f"{node['_target_']} repeats the default of {twice}"
 
 
@@ -68,7 +69,8 @@ def dead_keys(config: dict[str, Any]) -> Iterator[str]:
         target = locate(node["_target_"], key)
         for name in node.keys() - CONTROL:
             inside.add(f"{key}.{name}")
-            if name not in inspect.signature(target).parameters or not is_read(target, name):
+            parameter = parameter_name(name)
+            if parameter not in inspect.signature(target).parameters or not is_read(target, parameter):
                 yield f"{key}.{name}"
     for key, _ in leaves(config):
         known = any(key == name or key.startswith(f"{name}.") for name in inside)

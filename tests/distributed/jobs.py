@@ -32,18 +32,21 @@ ENDLESS = ["trainer.max_steps=1000000", "trainer.log_every_steps=10"]
 class Job:
     """A started command; ``wait`` for its end, or do something to one of its ranks first.
 
+    Args:
+        tiny: give it the arguments of a tiny run too; not for one that goes on, which has them.
+
     Attributes:
         temp: the folder that its processes take for the machine's temporary one.
     """
 
-    def __init__(self, command: list[str], *arguments: str, cwd: Path):
+    def __init__(self, command: list[str], *arguments: str, cwd: Path, tiny: bool = True):
         self.cwd, self.temp = cwd, Path(tempfile.mkdtemp(prefix="temp", dir=cwd))
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         environment = {name: value for name, value in os.environ.items() if name not in names}
         environment |= {"TMPDIR": str(self.temp), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
         self._shared_memory: set[str] = set()
         self.process = subprocess.Popen(
-            [*command, *TINY, *arguments],
+            [*command, *(TINY if tiny else ()), *arguments],
             cwd=cwd,
             env=environment,
             stdout=subprocess.PIPE,

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftlab.distributed.single import OneRank
 from ftlab.losses import CrossEntropy
-from ftlab.run import build_model
+from ftlab.run import build_model, random_weights
 from tests.loop.conftest import CPU, MODEL, precision_of
 
 LOSS = CrossEntropy(label_smoothing=0.0, z_loss=0.0)
@@ -29,7 +29,7 @@ class CountOps(TorchDispatchMode):
 
 
 def model_with(mode: str) -> Any:
-    return build_model(MODEL, None, precision_of("fp32"), OneRank(CPU, activation_checkpointing=mode), seed=0)
+    return build_model(MODEL, random_weights(0), precision_of("fp32"), OneRank(CPU, activation_checkpointing=mode))
 
 
 def ops_of_backward(mode: str) -> Counter[str]:

@@ -11,7 +11,7 @@ from ftlab.data.batch import Sample
 from ftlab.distributed.base import Strategy
 from ftlab.distributed.env import WorkerEnv
 from ftlab.losses import CrossEntropy
-from ftlab.run import build_model
+from ftlab.run import build_model, random_weights
 from ftlab.training.evaluate import EvaluationConfig, Evaluator
 from tests.distributed.harness import run_ranks
 from tests.distributed.strategies import in_group, precision_of, strategy
@@ -66,9 +66,17 @@ class Digits:
 
 def evaluate(worker: WorkerEnv, parallelism: Strategy) -> dict[str, Any]:
     parallel = parallelism.start(worker, precision_of("fp32"))
-    model = build_model(MODEL, None, precision_of("fp32"), parallel, seed=5)
+    model = build_model(MODEL, random_weights(5), precision_of("fp32"), parallel)
     shown: list[dict[str, Any]] = []
-    settings = {"at_start": True, "every_steps": None, "batch_size": 2, "max_batches": None, "n_samples": 7}
+    settings = {
+        "at_start": True,
+        "metric": "val/loss",
+        "patience": None,
+        "every_steps": None,
+        "batch_size": 2,
+        "max_batches": None,
+        "n_samples": 7,
+    }
     evaluator = Evaluator(
         config=EvaluationConfig(**settings, max_new_tokens=12),
         validation=Questions(),  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.batch import Sample
 from ftlab.distributed.env import WorkerEnv
-from ftlab.run import assemble_run
+from ftlab.run import assemble_run, random_weights
 from ftlab.training.loop import remaining_steps, train_step
 from tests.distributed.strategies import strategy, train
 from tests.loop.conftest import Rows
@@ -67,7 +67,7 @@ def peak_of_a_step(*overrides: str) -> float:
     )
     model = build(config["model"]).replace(vocab_size=32000)
     rows, worker = FullRows(config["seq_len"]), WorkerEnv.alone(config["device"])
-    run = assemble_run(config, model, None, rows, False, 0, None, lambda *_: None, worker)
+    run = assemble_run(config, model, random_weights(0), rows, False, 0, None, lambda *_: None, worker)
     steps = remaining_steps(run)
     for _ in range(2):  # the second has the optimizer's state as well
         train_step(run, next(steps))

@@ -10,7 +10,7 @@ import torch
 
 from ftlab.distributed.env import WorkerEnv
 from ftlab.models.weights import load_weights
-from ftlab.run import build_model
+from ftlab.run import build_model, weights_in
 from tests.distributed.harness import run_ranks
 from tests.distributed.strategies import in_group, precision_of, strategy, whole_weights
 from tests.distributed.test_weights_in_shards import write_folder
@@ -30,7 +30,7 @@ def grown(worker: WorkerEnv, folder: Path, tied: bool, new_ids: range) -> dict[s
     results = {}
     for name, parallelism in STRATEGIES.items():
         parallel = parallelism.start(in_group(worker, name), precision_of("fp32"))
-        model = build_model(config, folder, precision_of("fp32"), parallel, 0, new_ids)
+        model = build_model(config, weights_in(folder, new_ids), precision_of("fp32"), parallel)
         results[name] = whole_weights(model)
         parallel.close()
     return results

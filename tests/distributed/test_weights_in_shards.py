@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from ftlab.distributed.base import Strategy
 from ftlab.distributed.env import WorkerEnv, keep_freed_memory
-from ftlab.models.layouts import meta_names
+from ftlab.models.meta_layout import meta_names
 from ftlab.models.safetensors_stream import SafetensorsWriter
 from ftlab.models.shards import held_rows
 from ftlab.models.transformer import ModelConfig
 from ftlab.models.weights import export_weights, load_weights
-from ftlab.run import build_model
+from ftlab.run import build_model, random_weights, weights_in
 from tests.distributed.harness import run_ranks
 from tests.distributed.strategies import in_group, precision_of, strategy, whole_weights
 from tests.loop.conftest import MODEL
@@ -56,7 +56,7 @@ def drawn_loaded_exported(
     results = {}
     for name, parallelism in SHARDED.items():
         parallel = parallelism.start(in_group(worker, name), precision_of("fp32"))
-        model = build_model(MODEL, None, precision_of("fp32"), parallel, seed=0)
+        model = build_model(MODEL, random_weights(0), precision_of("fp32"), parallel)
         drawn = whole_weights(model)
         load_weights(model, folder)
         results[name] = drawn, whole_weights(model)
@@ -88,10 +88,12 @@ def test_a_stream_in_pieces_is_the_file_that_the_library_writes(tmp_path: Path) 
 
     tensors = {"b": torch.randn(7, 3), "a": torch.randn(5), "empty": torch.randn(0, 4)}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        with SafetensorsWriter(tmp_path / "file", {k: tuple(t.shape) for k, t in tensors.items()}, dtype) as file:
+        with (tmp_path / "file").open("wb") as file:
+            writer = SafetensorsWriter(file, {k: (tuple(t.shape), dtype) for k, t in tensors.items()})
             for tensor in tensors.values():
                 for piece in tensor.split(2):
-                    file.write(piece)
+                    writer.write(piece.to(dtype))
+            writer.finish()
         read = load_file(tmp_path / "file")
         assert {k: t.dtype for k, t in read.items()} == dict.fromkeys(tensors, dtype)
         assert all(torch.equal(read[name], tensor.to(dtype)) for name, tensor in tensors.items())
@@ -115,11 +117,11 @@ def peaks(worker: WorkerEnv, parallelism: Strategy, folder: Path, to: Path) -> d
     keep_freed_memory()  # as runs on a CPU do
     parallel = parallelism.start(worker, precision_of("fp32"))
     # Once in small: code that is used for the first time comes from libraries' files and counts as resident too.
-    small = build_model(MODEL, None, precision_of("fp32"), parallel, seed=0)
+    small = build_model(MODEL, random_weights(0), precision_of("fp32"), parallel)
     export_weights(small, to, dtype=torch.bfloat16, bos_id=1, eos_id=2, pad_id=None)
     load_weights(small, to)
     start = forget_peak()
-    model = build_model(BIG, folder, precision_of("fp32"), parallel, seed=0)
+    model = build_model(BIG, weights_in(folder), precision_of("fp32"), parallel)
     loading = peak_of_resident_set() - start
     forget_peak()
     export_weights(model, to, dtype=torch.bfloat16, bos_id=1, eos_id=2, pad_id=None)
@@ -127,6 +129,16 @@ def peaks(worker: WorkerEnv, parallelism: Strategy, folder: Path, to: Path) -> d
     held = sum(held_rows(parameter)[0].nbytes for parameter in model.parameters())
     parallel.close()
     return {"loading": loading, "exporting": exporting, "held": held}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's to know")
+@pytest.mark.parametrize("n_shards", [1, 2, 8])
+def test_loading_consolidated_shards_needs_a_tenth_more_than_the_model(n_shards: int, tmp_path: Path) -> None:
+    run_ranks(1, write_big, tmp_path / "weights", "consolidated", n_shards)
+    [result] = run_ranks(1, peaks, strategy("single"), tmp_path / "weights", tmp_path / "export")
+    whole = BIG.n_params() * 4
+    assert result["held"] == whole
+    assert result["loading"] <= 1.1 * whole, f"{result['loading'] / whole:.3f} × model"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's to know")
@@ -144,12 +156,19 @@ def test_no_rank_needs_more_than_its_share_a_block_and_50_mib(layout: str, tmp_p
             assert used <= whole / 4 + block + 50 * MIB, f"rank {rank}, {phase}: {used / MIB:.0f} MiB"
 
 
-def write_big(worker: WorkerEnv, folder: Path, layout: str) -> None:
+def write_big(worker: WorkerEnv, folder: Path, layout: str, n_shards: int = 1) -> None:
     if layout == "safetensors":
         write_folder(BIG, folder, seed=0)
         return
     model = BIG.build()
     model.init_weights(seed=0)
-    names = meta_names(BIG.n_layers)
+    names = meta_names(BIG)
     folder.mkdir()
-    torch.save({names[name]: p.detach() for name, p in model.named_parameters()}, folder / "consolidated.00.pth")
+    for i in range(n_shards):
+        shard = {}
+        for name, parameter in model.named_parameters():
+            columns = name.startswith("embedding") or name.endswith(("o_proj.weight", "down_proj.weight"))
+            whole = parameter.ndim == 1
+            part = parameter.detach() if whole else parameter.detach().chunk(n_shards, int(columns))[i]
+            shard[names[name]] = part.clone()
+        torch.save(shard, folder / f"consolidated.{i:02d}.pth")

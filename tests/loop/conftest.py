@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.losses import CrossEntropy
-from ftlab.models.transformer import ModelConfig
+from ftlab.models.auto import AnyModelConfig
+from ftlab.models.config import ModelConfig
 from ftlab.optim.groups import decay_groups
 from ftlab.optim.schedules import Constant
-from ftlab.run import build_model
+from ftlab.run import build_model, random_weights, weights_in
 from ftlab.training.loop import Run, TrainerConfig
 from ftlab.training.state import TrainState
 
@@ -34,6 +36,8 @@ MODEL = ModelConfig(
     rope_theta=10000.0,
     max_seq_len=128,
     sliding_window=None,
+    family="llama",
+    rope_scaling=None,
     tie_embeddings=False,
     checkpoint=None,
 )
@@ -92,9 +96,11 @@ def build_hand_run(
     precision: str = "fp32",
     seed: int = 0,
     shuffle: bool = True,
+    model_config: AnyModelConfig = MODEL,
+    checkpoint: Path | None = None,
     **trainer: int | float | None,
 ) -> HandRun:
-    """A run of ``MODEL`` on ``rows``, here or as one rank of ``parallel``; ``fit(result.run)`` trains it."""
+    """A run of a small model on ``rows``, here or as one rank of ``parallel``; ``fit(result.run)`` trains it."""
     defaults = {"epochs": None, "max_steps": None, "max_steps_per_epoch": None, "max_grad_norm": 1.0}
     settings = TrainerConfig(
         batch_size=batch_size,
@@ -114,7 +120,8 @@ def build_hand_run(
         dp_size=parallel.dp_size,
         pad_id=0,
     )
-    model = build_model(MODEL, None, numbers, parallel, seed)
+    fill = random_weights(seed) if checkpoint is None else weights_in(checkpoint)
+    model = build_model(model_config, fill, numbers, parallel)
     update = optimizer(decay_groups(model), lr=lr, weight_decay=0.0, fused=fused)
     total = settings.total_steps(loader.steps_per_epoch)
     schedule = Constant(total_steps=total, warmup_steps=0, warmup_ratio=None)

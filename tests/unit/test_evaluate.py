@@ -6,7 +6,14 @@ from ftlab.training.evaluate import EvaluationConfig, Evaluator, exact_match
 
 
 def evaluator(**given):
-    settings = {"at_start": True, "every_steps": None, "batch_size": 1, "max_batches": None}
+    settings = {
+        "at_start": True,
+        "metric": "val/loss",
+        "patience": None,
+        "every_steps": None,
+        "batch_size": 1,
+        "max_batches": None,
+    }
     config = EvaluationConfig(**settings | {"n_samples": 0, "max_new_tokens": 1} | given)
     return Evaluator(config=config, validation=None, tokenizer=None, loss=None, on_samples=None)
 

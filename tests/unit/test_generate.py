@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ftlab.errors import ConfigError, DataError
-from ftlab.models.layouts import hf_names
+from ftlab.models.hf_layout import hf_names
 from ftlab.models.transformer import ModelConfig
 from ftlab.training.generate import generate, sample
 
@@ -19,7 +19,8 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9], [7], [7, 9, 3]]
 def model():
     config = ModelConfig(
         dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=None, ffn_hidden_dim=48, vocab_size=61,
-        norm_eps=1e-5, rope_theta=10000.0, max_seq_len=48, sliding_window=None, tie_embeddings=False, checkpoint=None,
+        norm_eps=1e-5, rope_theta=10000.0, max_seq_len=48, tie_embeddings=False, checkpoint=None,
+        family="llama", sliding_window=None, rope_scaling=None,
     )  # fmt: skip
     model = config.build()
     model.init_weights(0)
@@ -45,7 +46,7 @@ def test_greedy_tokens_equal_those_of_transformers(model):
             max_position_embeddings=config.max_seq_len,
         )
     )  # fmt: skip
-    names = hf_names(config.n_layers)
+    names = hf_names(config)
     twin.load_state_dict({names[name]: parameter for name, parameter in model.state_dict().items()})
     for prompt, new_tokens in zip(PROMPTS, answers(model), strict=True):
         expected = twin.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)

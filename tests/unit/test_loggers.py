@@ -33,6 +33,9 @@ def info(tmp_path):
     def make(**changes):
         facts = {
             "folder": tmp_path,
+            "run_id": "0a1b2c3d",
+            "first_step": 0,
+            "logged_until": 0,
             "name": "llama_tiny",
             "config": {"optimizer": {"lr": 1e-3}},
             "seed": 0,

@@ -50,7 +50,7 @@ def gradients(model) -> dict[str, Tensor]:
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(rows=packed_rows(), window=st.sampled_from([None, 1, 4, 40]), seed=st.integers(0, 2**31))
 def test_packed_and_separate_rows_give_the_same_loss_and_gradients(rows, window, seed):
-    model = initialised(small(sliding_window=window), seed)
+    model = initialised(small(family="mistral", sliding_window=window), seed)
     generator = torch.Generator().manual_seed(seed)
     tokens, targets = torch.randint(61, (2, len(rows), N_TOKENS), generator=generator)
 
@@ -69,7 +69,7 @@ def test_packed_and_separate_rows_give_the_same_loss_and_gradients(rows, window,
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(rows=packed_rows(), window=st.sampled_from([None, 3]), seed=st.integers(0, 2**31), data=st.data())
 def test_changing_one_document_changes_no_other_by_a_single_bit(rows, window, seed, data):
-    model = initialised(small(sliding_window=window), seed)
+    model = initialised(small(family="mistral", sliding_window=window), seed)
     tokens = torch.randint(61, (len(rows), N_TOKENS), generator=torch.Generator().manual_seed(seed))
     row = data.draw(st.integers(0, len(rows) - 1))
     changed = data.draw(st.integers(0, len(rows[row]) - 1))
@@ -91,7 +91,7 @@ def test_recomputation_repeats_packed_attention_to_the_bit(mode):
     tokens, targets = torch.randint(61, (2, 2, N_TOKENS), generator=torch.Generator().manual_seed(0))
     found = []
     for recompute in ("none", mode):
-        model = initialised(small(sliding_window=5))
+        model = initialised(small(family="mistral", sliding_window=5))
         checkpoint_activations(model, recompute)
         model(tokens, targets, nll_sum, doc_ids=ids_of(rows)).backward()
         found.append(gradients(model))
@@ -144,7 +144,7 @@ def test_a_window_is_that_of_brute_force(window, n_new):
 
 @pytest.mark.parametrize("window", [2, 7, 30])
 def test_a_windowed_model_through_the_cache_equals_one_without(window):
-    model = initialised(small(sliding_window=window))
+    model = initialised(small(family="mistral", sliding_window=window))
     tokens = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
     cache = KVCache(n_layers=2, capacity=20)
     chunks = [model(part, cache=cache) for part in tokens.split([9, 1, 1, 6, 3], dim=1)]

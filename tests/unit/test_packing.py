@@ -105,6 +105,8 @@ def test_a_packed_batch_says_which_token_is_of_which_document():
 @pytest.fixture(scope="module")
 def model():
     config = ModelConfig(
+        family="llama",
+        rope_scaling=None,
         dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=None, ffn_hidden_dim=48, vocab_size=61,
         norm_eps=1e-5, rope_theta=10000.0, max_seq_len=64, sliding_window=None, tie_embeddings=False, checkpoint=None,
     )  # fmt: skip

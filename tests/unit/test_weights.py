@@ -11,16 +11,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ftlab.errors import ConfigError, ConfigErrors
+from ftlab.models.config import ModelConfig
+from ftlab.models.hub import resolve_checkpoint
 from ftlab.models.layouts import open_folder
-from ftlab.models.transformer import ModelConfig, Transformer
-from ftlab.models.weights import export_weights, load_weights, resolve_checkpoint
+from ftlab.models.rotary import Llama3RopeScaling
+from ftlab.models.transformer import Transformer
+from ftlab.models.weights import export_meta_weights, export_weights, load_weights
+
+SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 
 
 def small(**changes) -> ModelConfig:
     sizes = {
         "dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": None, "ffn_hidden_dim": 96,
         "vocab_size": 60, "norm_eps": 1e-5, "rope_theta": 10000.0, "max_seq_len": 64,
-        "sliding_window": None,
+        "sliding_window": None, "family": "llama", "rope_scaling": None,
         "tie_embeddings": False, "checkpoint": None,
     }  # fmt: skip
     return ModelConfig(**(sizes | changes))
@@ -130,9 +135,9 @@ def test_a_bfloat16_folder_loads_into_float32_parameters(tmp_path):
 
 
 @pytest.mark.parametrize("split_embedding_dim", [0, 1])
-@pytest.mark.parametrize("n_shards", [1, 2, 4])
+@pytest.mark.parametrize("n_shards", [1, 2, 8])
 def test_meta_shards_load_bitwise_equal_to_their_hugging_face_form(tmp_path, n_shards, split_embedding_dim):
-    model = model_of(small())
+    model = model_of(small(n_kv_heads=8, vocab_size=64))
     hf = export(model, tmp_path / "hf")
     state = load_file(hf / "model.safetensors")
     meta = write_meta_folder(state, model.config, tmp_path / "meta", n_shards, split_embedding_dim=split_embedding_dim)
@@ -191,6 +196,32 @@ def test_a_tied_export_leaves_the_head_out_and_one_that_has_it_loads(tmp_path):
     assert_same_bits(model, loaded(tmp_path, model.config))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": True}, {"ffn_hidden_dim": 500, "rope_theta": 5e5}, {"rope_scaling": SCALING}],
+)
+def test_an_export_in_meta_s_layout_loads_bitwise(tmp_path, changes, dtype):
+    model = model_of(small(**changes)).to(dtype)
+    export_meta_weights(model, tmp_path, dtype=dtype)
+    assert_same_bits(model, loaded(tmp_path, model.config).to(dtype))
+
+
+def test_meta_s_own_arithmetic_finds_the_feed_forward_s_width_in_an_exported_params_json(tmp_path):
+    for width in (8, 96, 170, 171, 500):
+        export_meta_weights(model_of(small(ffn_hidden_dim=width)), tmp_path, dtype=torch.float32)
+        params = json.loads((tmp_path / "params.json").read_text())
+        hidden = int(2 * (4 * params["dim"]) / 3)  # as in Meta's FeedForward
+        if params["ffn_dim_multiplier"] is not None:
+            hidden = int(params["ffn_dim_multiplier"] * hidden)
+        assert params["multiple_of"] * ((hidden + params["multiple_of"] - 1) // params["multiple_of"]) == width
+
+
+def test_meta_s_layout_is_for_llamas(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.family.* for Llamas, and this is a qwen3"):
+        export_meta_weights(model_of(small(family="qwen3")), tmp_path, dtype=torch.float32)
+
+
 # ---- folders that do not fit
 
 
@@ -208,7 +239,14 @@ def test_every_contradicting_key_is_reported_at_once(tmp_path):
     folder = export(model_of(small(vocab_size=64, norm_eps=1e-6)), tmp_path)
     with pytest.raises(ConfigErrors) as caught:
         loaded(folder, small())
-    assert [problem.key for problem in caught.value.problems] == ["model.vocab_size", "model.norm_eps"]
+    assert [problem.key for problem in caught.value.problems] == [
+        "model.vocab_size",
+        "model.norm_eps",
+        "model.checkpoint",
+    ]
+    shapes = caught.value.problems[-1].problem
+    assert "model.embed_tokens.weight is (64, 64), the model's embedding.weight is (60, 64)" in shapes
+    assert "21 tensors 2 differ in shape" in shapes
 
 
 def test_meta_params_are_compared_too(tmp_path):
@@ -222,9 +260,9 @@ def test_meta_params_are_compared_too(tmp_path):
 def test_rope_scaling_that_would_be_ignored_is_refused(tmp_path):
     folder = export(model_of(small()), tmp_path)
     content = json.loads((folder / "config.json").read_text())
-    content["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+    content["rope_scaling"] = {"rope_type": "yarn", "factor": 8.0}
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="rope_type=llama3"):
+    with pytest.raises(ConfigError, match="rope_type=yarn"):
         loaded(folder, small())
 
 

@@ -1,0 +1,159 @@
+"""``resume=RUN``: the configuration of a run that goes on.
+
+The checkpoint's own configuration is the base, whatever ``conf/`` says by now. What the user types beside ``resume``
+is laid over it: not as text, but as the difference that it makes to the composition of all that the run was started
+and resumed with before. So a changed option brings its other values along, and keys that follow from one another
+(``trainer.epochs`` makes way for ``trainer.max_steps``) still do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from ftlab.config.compose import Composition, compose, hydra_globals
+from ftlab.config.layers import leaves
+from ftlab.config.resolve import resolve
+from ftlab.errors import CheckpointError, ConfigError, ConfigErrors
+from ftlab.outputs import read_record
+from ftlab.storage.addresses import Address, candidates, find_run, told
+
+KEY = "resume"
+_MISSING = object()
+
+# What decides the data order, the architecture or the optimizer's state; a run that went on with another would be
+# neither the old one nor a new one.
+_SETTLED = (
+    *("seed", "seq_len", "model.", "tokenizer.", "dataset.", "precision.param_dtype", "optimizer._target_"),
+    *("trainer.max_steps_per_epoch", "trainer.gradient_accumulation_steps", "trainer.global_batch_size"),
+)
+# Where the same things are by now: fingerprints are compared when they have been read.
+_MOVABLE = ("model.checkpoint", "tokenizer.path", "dataset.data_files", "dataset.source")
+# Of a run's own, not of its configuration.
+_OWN = ("resume", "paths.")
+
+
+def resume_in(overrides: Sequence[str]) -> str | None:
+    """The run that ``overrides`` ask to go on with; None when they do not."""
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            given = parser.parse_override(text)
+            if given.key_or_group == KEY and not given.is_sweep_override() and given.value() is not None:
+                return str(given.value())
+        except HydraException:
+            continue  # check_command_line says so
+    return None
+
+
+def resumed_config(overrides: Sequence[str], search: dict[str, Any]) -> tuple[dict[str, Any], Composition | None]:
+    """The run's configuration with what ``overrides`` change, and the composition that those are known from, if any.
+
+    ``resume`` in it holds where the run goes on from and what was changed, for the record.
+
+    Raises:
+        ConfigError: there is nothing to go on from.
+        ConfigErrors: for overrides that cannot be, or that would make it another run.
+    """
+    text = resume_in(overrides)
+    assert text is not None
+    address = find_run(text, KEY)
+    config = copy.deepcopy(_own_config(address))
+    now = [override for override in overrides if _key(override) != KEY]
+    composition = _lay_over(config, now, address.run, search) if now else None
+    config["paths"] = {**config.get("paths", {}), "output_dir": str(address.run)}
+    config[KEY] = {"run": str(address.run), "at": address.at, "overrides": now}
+    return config, composition
+
+
+def _lay_over(config: dict[str, Any], now: list[str], run: Path, search: dict[str, Any]) -> Composition:
+    """Change ``config`` by the difference that the overrides ``now`` make."""
+    before = _overrides_before(run)
+    composition = compose([*before, *now], **search)
+    if composition.problems:
+        raise ConfigErrors(composition.problems)
+    with_them, without = _leaves(composition), _leaves(compose(before, **search))
+    keys = [*with_them, *(key for key in without if key not in with_them)]
+    changed = {
+        key: with_them.get(key, _MISSING)
+        for key in keys
+        if with_them.get(key, _MISSING) != without.get(key, _MISSING) and not key.startswith(_OWN)
+    }
+    held = dict(leaves(config))
+    changed = {key: value for key, value in changed.items() if held.get(key, _MISSING) != value}
+    if problems := list(_unsettling(changed, held, run)):
+        raise ConfigErrors(problems)
+    for key, value in changed.items():
+        _set(config, key, value)
+    return composition
+
+
+def _own_config(address: Address) -> dict[str, Any]:
+    """The configuration in the first of the address's checkpoints of which that much is sound."""
+    found = candidates(address)
+    for number, one in enumerate(found):
+        try:
+            config: dict[str, Any] = told(one)["config"]
+            return config
+        except CheckpointError:
+            if number == len(found) - 1:
+                raise
+    raise AssertionError("find_run found at least one")
+
+
+def _overrides_before(run: Path) -> list[str]:
+    """All that the user typed for this run so far."""
+    typed: list[str] = []
+    try:
+        first = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+        typed += [str(override) for override in first or []]
+        for session in read_record(run).get("resumed", []):
+            typed += [str(override) for override in session.get("overrides", [])]
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        pass  # a run that was not started from a command line
+    return [override for override in typed if _key(override) not in (KEY, "")]
+
+
+def _key(override: str) -> str:
+    try:
+        return OverridesParser.create().parse_override(override).key_or_group
+    except HydraException:
+        return "" if "=" not in override else override.partition("=")[0].lstrip("+~")
+
+
+def _leaves(composition: Composition) -> dict[str, Any]:
+    with hydra_globals(composition.cfg):
+        config, _ = resolve(composition.cfg)
+    return dict(leaves(config))
+
+
+def _unsettling(changed: dict[str, Any], held: dict[str, Any], run: Path) -> Iterator[ConfigError]:
+    """The changes that would make it another run."""
+    for key, value in changed.items():
+        if key.startswith(_SETTLED) and not key.startswith(_MOVABLE):
+            new = "nothing" if value is _MISSING else repr(value)
+            yield ConfigError(
+                key,
+                f"is {held.get(key)!r} in this run, and decides its data order, model or optimizer state; "
+                f"it cannot go on with {new}",
+                f"a new run from these weights: init_from={run}",
+            )
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
+    if value is _MISSING:
+        node.pop(last, None)
+    else:
+        node[last] = value

@@ -1,0 +1,151 @@
+"""Does a run that was killed and resumed end as one that was not? Tried on the user's own configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlab.config.check import compose_config
+from ftlab.config.resolvers import claim_folder, fresh_folder
+from ftlab.config.resume import resumed_config
+from ftlab.errors import FtlabError
+from ftlab.jobs import launch
+from ftlab.loggers.base import RunInfo
+from ftlab.outputs import to_json
+from ftlab.storage.addresses import told
+from ftlab.storage.checkpoints import Checkpoints, Found
+from ftlab.storage.disk import replace_file
+from ftlab.storage.manifest import Manifest
+
+_OF_TIME = ("perf/", "memory/")  # metrics that no two runs share
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One thing that both runs should end with: what it is, and how far it is the same."""
+
+    what: str
+    same: bool
+    detail: str
+
+
+class KillAtStep:
+    """A logger that ends its process with SIGKILL when it hears of one step: as sudden as any kill can be."""
+
+    def __init__(self, *, step: int):
+        self._step = step
+
+    def start(self, info: RunInfo) -> None:
+        pass
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:  # noqa: ARG002
+        if step == self._step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+        pass
+
+    def finish(self, status: str, summary: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
+        pass
+
+
+def verify_resume(overrides: Sequence[str], n_steps: int) -> tuple[list[Compared], Path]:
+    """Train ``n_steps`` steps straight, and once more with a SIGKILL after the checkpoint in the middle and a resume.
+
+    Returns:
+        What was compared, and the folder with both runs and ``verify_resume.json``.
+
+    Raises:
+        FtlabError: when a run that should have ended well did not; it has said why.
+    """
+    middle = max(1, n_steps // 2)
+    asked = [
+        *(f"trainer.max_steps={n_steps}", f"checkpoint.every_steps={middle}", "checkpoint.every_minutes=null"),
+        *("checkpoint.at_end=true", "checkpoint.keep_last=1000", "checkpoint.export=false", "logger=[console,jsonl]"),
+        *("trainer.log_every_steps=1",),
+    ]
+    config = compose_config([*overrides, *asked])
+    folder = Path(claim_folder(fresh_folder("outputs", f"{config['run_name']}_verify-resume"))).absolute()
+    straight, killed = folder / "straight", folder / "killed_and_resumed"
+    _run(_in(config, straight))
+    doomed = _in(config, killed)
+    doomed["logger"] = config["logger"] | {
+        "kill": {"_target_": f"{KillAtStep.__module__}.{KillAtStep.__qualname__}", "step": middle + 1}
+    }
+    launch(doomed, own_process=True)
+    resumed, _ = resumed_config([f"resume={killed}"], {})
+    resumed["logger"].pop("kill")
+    _run(resumed)
+    compared = compare_runs(straight, killed)
+    verdict = {"steps": n_steps, "killed_after": middle + 1, "same": all(one.same for one in compared)}
+    replace_file(folder / "verify_resume.json", to_json(verdict | {"compared": list(map(asdict, compared))}, indent=2))
+    return compared, folder
+
+
+def _in(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return config | {"paths": config["paths"] | {"output_dir": str(folder)}}
+
+
+def _run(config: dict[str, Any]) -> None:
+    if launch(config, own_process=True):
+        raise FtlabError(f"verify-resume: the run in {config['paths']['output_dir']} failed, nothing could be compared")
+
+
+def compare_runs(one: Path, other: Path) -> list[Compared]:
+    """The last checkpoints of two runs, to the bit, and all that they logged but times and memory."""
+    ends = [Checkpoints(run / "checkpoints").complete()[-1] for run in (one, other)]
+    states = [told(end) for end in ends]
+    return [
+        _files("weights and optimizer", "rows-", ends),
+        _files("random states", "rng-", ends),
+        _values("data cursor", [state["cursor"] for state in states]),
+        _values("counts", [_untimed(state["progress"]) for state in states]),
+        _values("learning rate", [state["scheduler"] for state in states]),
+        _values("loss scale", [state["scaler"] for state in states]),
+        *(_lines(name, one / name, other / name) for name in ("metrics.jsonl", "samples.jsonl")),
+    ]
+
+
+def _untimed(progress: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in progress.items() if key != "train_s"}
+
+
+def _files(what: str, prefix: str, ends: Sequence[Found]) -> Compared:
+    hashes = [
+        {name: entry.sha256 for name, entry in Manifest.read(end.path).files.items() if name.startswith(prefix)}
+        for end in ends
+    ]
+    differing = [name for name in {**hashes[0], **hashes[1]} if hashes[0].get(name) != hashes[1].get(name)]
+    sizes = sum(Manifest.read(ends[0].path).files[name].bytes for name in hashes[0])
+    same = f"{sizes:,} bytes in {len(hashes[0])} files, sha256 equal"
+    return Compared(what, not differing, f"{', '.join(differing)} differ" if differing else same)
+
+
+def _values(what: str, pair: Sequence[Any]) -> Compared:
+    same = pair[0] == pair[1]
+    return Compared(what, same, _short(pair[0]) if same else f"{_short(pair[0])} != {_short(pair[1])}")
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+    return (text or "none") if len(text) <= 100 else text[:99] + "…"
+
+
+def _lines(name: str, one: Path, other: Path) -> Compared:
+    logged = [_read(path) for path in (one, other)]
+    for i, (ours, theirs) in enumerate(zip(*logged, strict=False)):
+        if ours != theirs:
+            keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+            return Compared(name, False, f"line {i + 1}: {keys[0]} is {ours.get(keys[0])} and {theirs.get(keys[0])}")
+    n, m = map(len, logged)
+    return Compared(name, n == m, f"{n} lines, every value but times equal" if n == m else f"{n} and {m} lines")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(_OF_TIME)} for line in lines]

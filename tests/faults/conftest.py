@@ -1,0 +1,27 @@
+"""The table of figures at the end, and what the trials share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults import figures, harness
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_up() -> Iterator[None]:
+    yield
+    harness.clean_up()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not figures.done:
+        return
+    terminalreporter.write("\n" + figures.table([figure.row for figure in figures.done]))
+    if path := os.environ.get("FTLAB_FIGURES"):
+        figures.write(Path(path))

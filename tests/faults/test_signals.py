@@ -1,0 +1,209 @@
+"""Asked to stop, a run finishes its step, saves, and says so with its exit code."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.jobs import PYTHON, TORCHRUN, Job
+from tests.faults.acts import TellAt
+from tests.faults.figures import Figure, trials
+from tests.faults.harness import Folder, assert_same, reference
+from tests.faults.test_kills import LAYOUTS
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@trials(few=6, all_=60)
+def test_r6_told_to_stop_at_any_instant(n: int, tmp_path: Path) -> None:
+    claim = (
+        "SIGTERM, SIGUSR1 or SIGINT at a random instant, to all ranks or one, once or twice: no step lost, all ranks "
+        "at one step, exit code 128 + signal, < 30 s; resumed bitwise"
+    )
+    where: dict[str, int] = {}
+    with Figure("R6", claim) as figure:
+        for number in range(n):
+            n_ranks, overrides = LAYOUTS[number % len(LAYOUTS)]
+            folder = Folder(tmp_path / str(number), *overrides, n_ranks=n_ranks)
+            with figure.trial(number):
+                operation = tell_to_stop(folder, figure.random(number))
+                where[operation] = where.get(operation, 0) + 1
+                if folder.record()["status"] == "preempted":
+                    assert_same(folder, folder.train(), files=False)  # one more was saved, so another is kept
+        figure.remarks.append("while: " + ", ".join(f"{what} {count}" for what, count in sorted(where.items())))
+
+
+def tell_to_stop(folder: Folder, rng: random.Random) -> str:
+    """Stop a run and check how it ended; what it was doing at that moment."""
+    other, _ = reference(*folder.overrides, n_ranks=folder.n_ranks)
+    sort = rng.choice(["start", "step", "eval", "save"])
+    events = [
+        event
+        for event in other.events(0)
+        if (sort == "save" and event.saves)
+        or (sort == event.operation != "start")
+        or (sort == "start" and 0 < event.number < 9 and event.operation == "rename")
+    ]
+    event = rng.choice(events[:-1])
+    number, ranks = rng.choice(SIGNALS), rng.choice([None, [rng.randrange(folder.n_ranks)]])
+    again = rng.choice([None, None, number, rng.choice(SIGNALS)])
+    with folder.interrupt(TellAt(0, event.number, after_s=rng.uniform(0.1, 0.2))) as trial:
+        assert trial.next_word() is not None, "ended before it could be told"
+        time.sleep(rng.uniform(0, 0.02))
+        told = time.monotonic()
+        trial.send(number, ranks)
+        if again is not None:
+            time.sleep(rng.uniform(0.001, 0.05))
+            trial.send(again, ranks)
+        outcomes = trial.end()
+        took_s, stderr = time.monotonic() - told, trial.stderr()
+    what = f"{number.name} then {again} to {ranks or 'all'} at {event.point}, step {event.step}"
+    assert took_s < 30, what
+    codes = {outcome.exit_code if outcome else None for outcome in outcomes}
+    asked = {number, again} if again else {number}
+    assert len(codes) == 1, f"{what}: {codes}\n{stderr}"
+    assert len({max(outcome.step, 0) for outcome in outcomes if outcome}) == 1, what
+    record = folder.record()
+    if event.step >= 12 and codes == {0}:  # too late: all is done
+        assert record["status"] == "completed"
+    else:
+        assert codes <= {128 + one for one in asked}, f"{what}: {codes}\n{stderr}"
+        assert record["status"] == "preempted", what
+    steps = [line["step"] for line in folder.metrics() if "train/loss" in line] if folder.begun else []
+    saved = [found.step for found in folder.checkpoints.complete()]
+    assert (saved or [0])[-1] == max(steps, default=0) == max(0, outcomes[0].step), f"{what}: {saved} {steps}"  # type: ignore[union-attr]
+    assert "Traceback" not in stderr, stderr
+    assert "this is a bug" not in stderr, stderr
+    return sort
+
+
+def job_arguments(how: list[str]) -> list[str]:
+    parallelism = ["parallelism=fsdp"] + (["parallelism.nproc_per_node=2"] if how is PYTHON else [])
+    return [*parallelism, "trainer.max_steps=200", "trainer.batch_size=2", "hydra.run.dir=run"]
+
+
+@trials(few=1, all_=12)
+def test_r6_whole_jobs_told_to_stop(n: int, tmp_path: Path) -> None:
+    claim = "the same to `train.py` and `torchrun train.py` from outside: the job's own exit code, nothing left behind"
+    straight: dict[bool, list[float]] = {}
+    with Figure("R6j", claim) as figure:
+        for number in range(n):
+            rng = figure.random(number)
+            how = [PYTHON, TORCHRUN][number % 2]
+            stopping = SIGNALS[rng.randrange(3)] if how is PYTHON else signal.SIGTERM
+            with figure.trial(f"{'train.py' if how is PYTHON else 'torchrun'} {stopping.name}"):
+                cwd = tmp_path / str(number)
+                cwd.mkdir()
+                if how is TORCHRUN:
+                    how = [*TORCHRUN]
+                job = Job(how, *job_arguments(PYTHON if number % 2 == 0 else TORCHRUN), cwd=cwd)
+                job.wait_for_step(rng.randrange(2, 60))
+                time.sleep(rng.uniform(0, 0.1))
+                if stopping == signal.SIGINT:
+                    job.interrupt()
+                else:
+                    job.process.send_signal(stopping)
+                told = time.monotonic()
+                code = job.wait()
+                assert time.monotonic() - told < 30
+                if number % 2 == 0:  # torchrun's own exit code is its own affair
+                    assert code == 128 + stopping, job.stderr
+                assert job.left_behind() == []
+                record = job.run_json()
+                assert record["status"] == "preempted", job.stderr
+                last = job.metrics()[-1]["step"]
+                assert (cwd / "run" / "checkpoints" / f"step_{last:08d}" / "MANIFEST.json").exists()
+                resumed = Job([*how[: how.index(how[-1]) + 1]], *["resume=run"], cwd=cwd, tiny=False)
+                assert resumed.wait() == 0, resumed.stderr
+                if not straight:
+                    other = Job(PYTHON, *job_arguments(PYTHON), cwd=tmp_path)
+                    assert other.wait() == 0
+                    straight[True] = other.losses()
+                    shutil.rmtree(tmp_path / "run")
+                assert [line["train/loss"] for line in resumed.metrics() if "train/loss" in line] == straight[True]
+
+
+@trials(few=1, all_=20)
+def test_r4_a_killed_rank_is_started_again_from_the_newest_checkpoint(n: int, tmp_path: Path) -> None:
+    claim = "SIGKILL of one rank of 2: the other gone < 2 s, `max_restarts` goes on from the newest checkpoint, bitwise"
+    straight: list[float] = []
+    slowest = 0.0
+    arguments = [*job_arguments(PYTHON), "checkpoint.every_steps=10"]
+    with Figure("R4", claim) as figure:
+        for number in range(n):
+            rng = figure.random(number)
+            with figure.trial(number):
+                cwd = tmp_path / str(number)
+                cwd.mkdir()
+                if number % 2 and n > 1:
+                    command = [*TORCHRUN[:-1], "--max-restarts", "1", TORCHRUN[-1]]
+                    job = Job(command, *arguments[:1], *arguments[2:], cwd=cwd)
+                else:
+                    job = Job(PYTHON, *arguments, "parallelism.max_restarts=1", cwd=cwd)
+                job.wait_for_step(rng.randrange(11, 100))
+                ranks = job.wait_for_ranks(2)
+                victim = rng.randrange(2)
+                ranks[victim].send_signal(signal.SIGKILL)
+                killed = time.monotonic()
+                while ranks[1 - victim] in job.look():
+                    assert time.monotonic() < killed + 10
+                    time.sleep(0.01)
+                slowest = max(slowest, time.monotonic() - killed)
+                assert job.wait(120) == 0, job.stderr
+                assert "going on from step" in job.stderr
+                [session] = job.run_json()["resumed"]
+                assert session["step"] >= 10
+                assert job.run_json()["status"] == "completed"
+                if not straight:
+                    other = Job(PYTHON, *arguments, cwd=tmp_path)
+                    assert other.wait() == 0, other.stderr
+                    straight += other.losses()
+                    last = tmp_path / "last"
+                    (tmp_path / "run" / "checkpoints" / "step_00000200").rename(last)
+                    shutil.rmtree(tmp_path / "run")
+                assert job.losses() == straight
+                for path in last.glob("*-*"):  # rows and random states
+                    mine = cwd / "run" / "checkpoints" / "step_00000200" / path.name
+                    assert mine.read_bytes() == path.read_bytes(), path.name
+        figure.remarks.append(f"slowest {slowest:.1f} s on a busy machine")
+
+
+def test_a_stop_before_the_first_step_claims_nothing(tmp_path: Path) -> None:
+    """There is nothing to go on from, and the run says so."""
+    folder = Folder(tmp_path / "run")
+    with folder.interrupt(TellAt(0, 9, after_s=0.2)) as trial:  # the evaluation before the first step
+        event = trial.next_word()
+        assert event.point == "eval"
+        trial.send(signal.SIGTERM)
+        [outcome] = trial.end()
+        stderr = trial.stderr()
+    assert outcome is not None
+    assert outcome.exit_code == 143
+    assert folder.record()["status"] == "preempted"
+    assert "before the first step: none is saved" in stderr
+    assert_same(folder, folder.train())
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+def test_stopped_at_the_last_step_a_run_can_still_be_completed(tmp_path: Path, patience: int | None) -> None:
+    overrides = () if patience is None else ("evaluation.patience=1", "evaluation.metric=val/exact_match")
+    folder = Folder(tmp_path / "run", *overrides)
+    last = reference(*overrides)[1][0].step
+    with folder.interrupt(TellAt(0, number_of_step(folder, last), after_s=0.2)) as trial:
+        assert trial.next_word().step == last - 1
+        trial.send(signal.SIGTERM)
+        [outcome] = trial.end()
+    assert outcome is not None
+    assert outcome.exit_code == 143
+    assert_same(folder, folder.train(), files=False)
+
+
+def number_of_step(folder: Folder, step: int) -> int:
+    other, _ = reference(*folder.overrides, n_ranks=folder.n_ranks)
+    # The event before it: the signal has to be there when the ranks sum their wishes.
+    return next(event.number for event in other.events() if event.operation == "eval" and event.step == step - 1)
