@@ -12,8 +12,9 @@ from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.cache import cache_folder
 from ftlab.data.dataset import Dataset
+from ftlab.data.mixture import Mixture
 from ftlab.data.samples import Packs
-from ftlab.data.show import N_EXAMPLES, examples, shown
+from ftlab.data.show import shown
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.models.hub import resolve_checkpoint
 from ftlab.plots import draw_lengths
@@ -34,7 +35,7 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
     # Only where the tokenizer is looked for beside the model's weights are these needed.
     checkpoint = resolve_checkpoint(named) if named and config["tokenizer"].get("path") == named else None
     tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], named, checkpoint))
-    data: Dataset = build(
+    data: Dataset | Mixture = build(
         config["dataset"],
         tokenizer=tokenizer,
         seq_len=config["seq_len"],
@@ -45,8 +46,7 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
     )
     console = Console(highlight=False)
     stopping = _tell(console, data)
-    samples = data.train.samples if isinstance(data.train, Packs) else data.train
-    for sample in examples(samples, N_EXAMPLES):
+    for sample in data.examples():
         key = "green is trained" if console.is_terminal else "what is between ⟦ and ⟧ is trained"
         console.print(f"\n[bold]row {sample.sample_id}[/], {len(sample.tokens)} tokens, {key}:")
         text = Text()
@@ -56,12 +56,12 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
         console.print(text, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data_check.html").write_text(data.page(), encoding="utf-8")
-    draw_lengths(data.report, folder / "lengths.png")
+    draw_lengths(data.histograms(), config["seq_len"], folder / "lengths.png")
     console.print(f"\nwritten: {folder / 'data_check.html'}, {folder / 'lengths.png'}", soft_wrap=True)
     return 2 if stopping else 0
 
 
-def _tell(console: Console, data: Dataset) -> bool:
+def _tell(console: Console, data: Dataset | Mixture) -> bool:
     """Print what was found; whether any of it stops a run."""
     for name in ("train", "validation"):
         if (part := data.report[name]) is not None:
@@ -72,6 +72,8 @@ def _tell(console: Console, data: Dataset) -> bool:
             )
     if isinstance(data.train, Packs):
         console.print(f"[bold]packs      [/]{len(data.train):,}, {data.train.efficiency():.1%} full")
+    for name, one in data.report.get("sets", {}).items():
+        console.print(f"[bold]{name:<11}[/]{one['share']:.1%} of an epoch, {one['passes_per_epoch']:.2f} times through")
     for warning in data.report["warnings"]:
         console.print(Text(f"- {warning}"), soft_wrap=True)
     stopping = [finding for finding in data.findings if finding.stops and finding.kind not in data.allow]

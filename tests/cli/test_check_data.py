@@ -73,3 +73,10 @@ def test_conversations_under_the_tokenizers_own_template(tmp_path, capsys, packi
     said = capsys.readouterr().out
     assert "<|im_start|>assistant" in said
     assert ("packs" in said) == (packing == "best_fit")
+
+
+def test_a_mixture_tells_the_share_of_every_set(tmp_path, capsys):
+    assert main(["check-data", "--out", str(tmp_path), "dataset=mixture"]) == 0
+    said = capsys.readouterr().out
+    assert "75.0% of an epoch" in said
+    assert "0.50 times through" in said
