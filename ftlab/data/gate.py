@@ -68,6 +68,8 @@ def find(parts: Sequence[Part], problems: Sequence[Problem], tokenizer: Tokenize
     for part in parts:
         found += _marked(part)
         found += _repeated(part)
+        other_end = part.rows & (part.store.row_end_ids >= 0) & (part.store.row_end_ids != tokenizer.eos_id)
+        found += _finding("end_is_not_eos", part, part.store.row_numbers[other_end].tolist())
     found += _on_both_sides(parts)
     if tokenizer.pad_id == tokenizer.eos_id:
         found.append(Finding("pad_is_eos", "", [], 0, 0, False))
