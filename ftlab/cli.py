@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     check.set_defaults(verb=_check_data)
 
+    replay = verbs.add_parser("replay", help="the batch of one step of a run, built again and compared")
+    replay.add_argument("run", type=Path, help="run folder, e.g. outputs/latest")
+    replay.add_argument("--step", type=int, required=True, metavar="N", help="optimizer step, counted from 1")
+    replay.add_argument("--show", type=int, default=3, metavar="N", help="samples to show whole (default 3)")
+    replay.set_defaults(verb=_replay)
+
     generate = verbs.add_parser("generate", help="ask the model of a finished run")
     generate.add_argument("run", type=Path, help="run folder, e.g. outputs/latest")
     generate.add_argument("prompt", help="the instruction; the run's own template is put around it")
@@ -128,6 +134,32 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from ftlab.lab.check_data import check_data
 
     return check_data(arguments.overrides, arguments.out)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ftlab.data.show import shown
+    from ftlab.lab.replay import replay
+
+    batch = replay(arguments.run, arguments.step)
+    console = Console(highlight=False)
+    n_tokens = sum(len(sample.tokens) for sample in batch.samples)
+    console.print(f"step {batch.step}, epoch {batch.epoch}: {len(batch.samples)} samples, {n_tokens} tokens")
+    for rank, ids in sorted(batch.noted.items()):
+        console.print(f"  rank {rank} saw {', '.join(map(str, ids)) or 'none'}", soft_wrap=True)
+    for sample in batch.samples[: arguments.show]:
+        console.print(f"\n[bold]row {sample.sample_id}[/], {len(sample.tokens)} tokens, green is trained:")
+        text = Text()
+        for run in shown(sample, batch.tokenizer):
+            text.append(run.text, f"{'green' if run.trained else 'dim'}{' bold magenta' * run.control}")
+        console.print(text, soft_wrap=True)
+    if not batch.same_data:
+        console.print("\n[bold red]the data is no longer what the run was trained on: its fingerprint differs")
+    verdict = "exactly the samples that the run noted" if batch.as_noted else "[bold red]NOT what the run noted"
+    console.print(f"\n{verdict}")
+    return 0 if batch.as_noted and batch.same_data else 1
 
 
 def _generate(arguments: argparse.Namespace) -> None:

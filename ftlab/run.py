@@ -6,6 +6,7 @@ configuration, builds the parts, hands them to the loop and keeps the run folder
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -46,11 +47,12 @@ from ftlab.optim.groups import decay_groups
 from ftlab.outputs import RunFolder, Status, mask_secrets, read_record, setup_logging, shortest
 from ftlab.storage.addresses import Address, candidates, find_run
 from ftlab.storage.checkpoints import Checkpoints, Found, less_is_better, verify
-from ftlab.training import rng
+from ftlab.training import ledger, rng
 from ftlab.training.card import model_card
 from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened, open_checkpoint
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.export import export_model
+from ftlab.training.ledger import Ledger
 from ftlab.training.loop import Run, TrainerConfig, fit
 from ftlab.training.metrics import training_flops
 from ftlab.training.snapshot import restore_optimizer, restore_weights
@@ -106,7 +108,10 @@ def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
             status, exit_code = _verdict(cause)
             _say(cause, aloud=team is None or team.watch.takes_the_word())
             if folder.is_open:  # not where a run could not go on: it is what it was
-                recorder.finish(status, cause, hurry=isinstance(cause, RankError))
+                try:
+                    recorder.finish(status, cause, hurry=isinstance(cause, RankError))
+                except OSError as problem:  # the disk is full or gone, which may be why the run ends
+                    log.error("%s cannot be closed: %s", folder.path, problem)
             if team is not None and _stands_in(worker, team) and (lost := _folder_of_rank_0(config)) is not None:
                 lost.finish(status, error=cause)
             return exit_code
@@ -177,6 +182,7 @@ def _open(folder: RunFolder, config: Config, source: Source | None) -> None:
     """Begin the folder of a new run, or of one that could not keep anything of its attempts so far."""
     if attempt():
         folder.cut_back(None)
+        ledger.cut_back(folder.path / "ledger", 0)
         Checkpoints(folder.path / "checkpoints").set_aside_after(0)  # damaged, or they would have been gone on from
         log.warning("starting again: attempt %d", attempt() + 1)
     folder.write_config(config)
@@ -191,6 +197,7 @@ def _reopen(folder: RunFolder, config: Config, opened: Opened, worker: WorkerEnv
     for path in Checkpoints(folder.path / "checkpoints").set_aside_after(step):
         log.warning("%s is later than step %d and set aside: %s", path.name.split(".")[0], step, path)
     last = folder.cut_back(step)
+    ledger.cut_back(folder.path / "ledger", step)
     overrides = (config["resume"] or {}).get("overrides", [])
     folder.write_config(config)
     folder.resume(gpus=_gpus(), step=step, logged_until=last, overrides=overrides, ranks=worker.world_size)
@@ -215,6 +222,9 @@ def _verdict(error: BaseException) -> tuple[Status, int]:
             return "failed", 1
 
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+
+
 def _say(error: BaseException, *, aloud: bool) -> None:
     """Say what went wrong in the user's terms; only our own bugs show a traceback. Not aloud: to the rank's file."""
     level = logging.ERROR if aloud else logging.INFO
@@ -222,6 +232,8 @@ def _say(error: BaseException, *, aloud: bool) -> None:
         case KeyboardInterrupt():
             log.log(level, "interrupted")
         case FtlabError():
+            log.log(level, "%s", error)
+        case OSError() if error.errno in _OF_THE_DISK:
             log.log(level, "%s", error)
         case torch.OutOfMemoryError() | MemoryError():
             log.log(level, "out of memory: %s\n  try: a smaller trainer.batch_size", error)
@@ -297,6 +309,8 @@ def _train(
             if (size := run.trainer.batch_size) != config["trainer"]["batch_size"]:
                 log.info("trainer.batch_size=%d now, so that the ranks share each step's rows", size)
     checkpointer.prepare()
+    run.ledger = Ledger(folder.path / "ledger", worker.rank)
+    folder.update(global_batch_size=run.loader.global_batch_size)
     folder.write_json("data_report.json", experiment.data.report)
     if worker.rank == 0:
         (folder.path / "data_check.html").write_text(experiment.data.page(), encoding="utf-8")

@@ -78,6 +78,12 @@ class BatchLoader:
             order = group_by_length(order, lengths, self.global_batch_size, self.seed, epoch)
         return order
 
+    def sample_ids(self, epoch: int, n_steps: int) -> Iterator[int]:
+        """The samples that the first ``n_steps`` of ``epoch`` deal out to all ranks together, in order."""
+        for index in self.order(epoch)[: n_steps * self.global_batch_size]:
+            row = self.dataset.sample(int(index))
+            yield from (sample.sample_id for sample in (row.samples if isinstance(row, Pack) else [row]))
+
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of this rank, one list per optimizer step, from ``start_step`` of ``epoch`` on.
 

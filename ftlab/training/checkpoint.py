@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ftlab.distributed.base import Parallelism
-from ftlab.errors import ConfigError, FtlabError
+from ftlab.errors import CheckpointError, ConfigError, FtlabError
 from ftlab.models.row_files import Rows, StoredRows, open_rows, take_rows, write_rows
 from ftlab.storage.checkpoints import Checkpoints
 from ftlab.storage.disk import DurableFile, write_file
@@ -33,6 +33,7 @@ from ftlab.training.state import TrainState
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
+_TOLD = {"progress", "scheduler", "scaler", "optimizer", "cursor", "run", "config", "data", "tokenizer", "ranks"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,13 +282,19 @@ class Checkpointer:
             path = self._checkpoints.commit(step, manifest)
             self._parent = manifest.digest
             log.info("checkpoint: %s", path.name)
-            name, less_is_better = self._metric
-            sign = -1 if less_is_better else 1
-            self._checkpoints.retain(
-                keep_last=self.config.keep_last,
-                keep_best=self.config.keep_best,
-                better=lambda one: None if name not in one.metrics else sign * one.metrics[name],
-            )
+            try:
+                self._remove_old()
+            except OSError as error:  # what was written is written
+                log.warning("old checkpoints could not be removed: %s", error)
+
+    def _remove_old(self) -> None:
+        name, less_is_better = self._metric
+        sign = -1 if less_is_better else 1
+        self._checkpoints.retain(
+            keep_last=self.config.keep_last,
+            keep_best=self.config.keep_best,
+            better=lambda one: None if name not in one.metrics else sign * one.metrics[name],
+        )
 
 
 @dataclass(frozen=True)
@@ -313,7 +320,7 @@ class Opened:
     def rng(self, rank: int) -> dict[str, Any] | None:
         """The random states of one rank; None where there were fewer ranks."""
         path = self.path / f"rng-{rank:05d}.json"
-        return json.loads(path.read_bytes()) if path.name in self.manifest.files else None
+        return _read_json(path) if path.name in self.manifest.files else None
 
     def restore(self, state: TrainState, parallel: Parallelism) -> None:
         """Make ``state`` what was saved, on any number of ranks.
@@ -323,12 +330,31 @@ class Opened:
         """
         snapshot.restore(state, self.stored, self.told, self.path)
         if (states := self.rng(parallel.rank)) is not None:
-            rng.restore(states, parallel.device)
+            try:
+                rng.restore(states, parallel.device)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise CheckpointError(self.path, f"holds no random states of rank {parallel.rank}: {error}") from None
 
 
 def open_checkpoint(path: Path) -> Opened:
-    """Read the headers of a checkpoint that `newest_sound` or `verify` has approved."""
+    """Read the headers of a checkpoint that `newest_sound` or `verify` has approved.
+
+    Raises:
+        CheckpointError: for what is as it was written, but was not written by ftlab.
+    """
     manifest = Manifest.read(path)
-    told = json.loads((path / STATE).read_bytes())
+    told = _read_json(path / STATE)
+    if missing := _TOLD - told.keys():
+        raise CheckpointError(path / STATE, f"does not say: {', '.join(sorted(missing))}")
     names = sorted(name for name in manifest.files if name.endswith(".safetensors"))
     return Opened(path, manifest, told, open_rows(path / name for name in names))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(path, "is not a JSON object")
+    return content

@@ -19,6 +19,7 @@ from ftlab.losses import Loss
 from ftlab.storage.checkpoints import less_is_better
 from ftlab.training.checkpoint import Checkpointer
 from ftlab.training.evaluate import Evaluator
+from ftlab.training.ledger import Ledger
 from ftlab.training.metrics import PhaseClock, peak_memory_gib
 from ftlab.training.state import FiniteGuard, TrainState
 from ftlab.training.wishes import N_WISHES, Agreed, Wishes
@@ -90,6 +91,7 @@ class Run:
     Attributes:
         evaluator: measures validation metrics; None without validation rows.
         checkpointer: saves; None where nothing is kept.
+        ledger: notes which samples were seen; None where nobody asks.
         log: takes the metrics of a step, and the step.
         step_flops: FLOPs of a forward and backward over sequences of the given real lengths.
         peak_flops: what the device could do per second.
@@ -106,6 +108,7 @@ class Run:
     step_flops: Callable[[list[int]], float]
     peak_flops: float
     checkpointer: Checkpointer | None = None
+    ledger: Ledger | None = None
     clock: PhaseClock = field(default_factory=PhaseClock)
     guard: FiniteGuard = field(init=False)
     wishes: Wishes = field(init=False)
@@ -217,17 +220,23 @@ def fit(run: Run) -> signal.Signals | None:
             progress.step += 1
             progress.epoch_step += 1
             window.add(micro_batches, metrics)
+            if run.ledger is not None:
+                run.ledger.note(progress.step, progress.epoch, micro_batches)
             if progress.step % run.trainer.log_every_steps == 0 or progress.step in (1, total):
                 run.log(window.close(metrics), progress.step)
             asked = run.wishes.agreed(metrics.wishes)
             validation = evaluate_if_due(run) if asked.stop is None else {}
             save_if_due(run, window, asked, validation)
+            if run.ledger is not None and run.ends_epoch:
+                run.ledger.end_epoch(progress.epoch, progress.step, progress.epoch_step, run.loader, run.parallel)
             if asked.stop is not None or run.out_of_patience:
                 break
             run.clock.enter("data")
         if run.checkpointer is not None:
             run.clock.enter("save")
             run.checkpointer.close()
+        if run.ledger is not None:
+            run.ledger.close()
     return asked.stop
 
 
@@ -262,6 +271,8 @@ def save_if_due(run: Run, window: LogWindow, asked: Agreed, validation: Metrics)
     if due or asked.save or asked.stop is not None:
         run.clock.enter("save")
         window.settle()  # exact counts, and the proof that no step was bad
+        if run.ledger is not None:
+            run.ledger.flush()
         run.checkpointer.save(validation, last=ends_run or asked.stop is not None)
 
 

@@ -1,4 +1,4 @@
-"""The state of every global random generator, as JSON."""
+"""Every global random generator: its seed, and its state as JSON."""
 
 from __future__ import annotations
 

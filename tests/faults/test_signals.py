@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -87,10 +86,19 @@ def job_arguments(how: list[str]) -> list[str]:
     return [*parallelism, "trainer.max_steps=200", "trainer.batch_size=2", "hydra.run.dir=run"]
 
 
+def straight_job(root: Path) -> Job:
+    """The job when nothing happens to it."""
+    cwd = root / "straight"
+    cwd.mkdir()
+    job = Job(PYTHON, *job_arguments(PYTHON), cwd=cwd)
+    assert job.wait(120) == 0, job.stderr
+    return job
+
+
 @trials(few=1, all_=12)
 def test_r6_whole_jobs_told_to_stop(n: int, tmp_path: Path) -> None:
     claim = "the same to `train.py` and `torchrun train.py` from outside: the job's own exit code, nothing left behind"
-    straight: dict[bool, list[float]] = {}
+    straight: list[float] = []
     with Figure("R6j", claim) as figure:
         for number in range(n):
             rng = figure.random(number)
@@ -99,9 +107,7 @@ def test_r6_whole_jobs_told_to_stop(n: int, tmp_path: Path) -> None:
             with figure.trial(f"{'train.py' if how is PYTHON else 'torchrun'} {stopping.name}"):
                 cwd = tmp_path / str(number)
                 cwd.mkdir()
-                if how is TORCHRUN:
-                    how = [*TORCHRUN]
-                job = Job(how, *job_arguments(PYTHON if number % 2 == 0 else TORCHRUN), cwd=cwd)
+                job = Job(how, *job_arguments(how), cwd=cwd)
                 job.wait_for_step(rng.randrange(2, 60))
                 time.sleep(rng.uniform(0, 0.1))
                 if stopping == signal.SIGINT:
@@ -111,27 +117,23 @@ def test_r6_whole_jobs_told_to_stop(n: int, tmp_path: Path) -> None:
                 told = time.monotonic()
                 code = job.wait()
                 assert time.monotonic() - told < 30
-                if number % 2 == 0:  # torchrun's own exit code is its own affair
+                if how is PYTHON:  # torchrun's own exit code is its own affair
                     assert code == 128 + stopping, job.stderr
                 assert job.left_behind() == []
                 record = job.run_json()
                 assert record["status"] == "preempted", job.stderr
                 last = job.metrics()[-1]["step"]
                 assert (cwd / "run" / "checkpoints" / f"step_{last:08d}" / "MANIFEST.json").exists()
-                resumed = Job([*how[: how.index(how[-1]) + 1]], *["resume=run"], cwd=cwd, tiny=False)
+                resumed = Job(how, "resume=run", cwd=cwd, tiny=False)
                 assert resumed.wait() == 0, resumed.stderr
-                if not straight:
-                    other = Job(PYTHON, *job_arguments(PYTHON), cwd=tmp_path)
-                    assert other.wait() == 0
-                    straight[True] = other.losses()
-                    shutil.rmtree(tmp_path / "run")
-                assert [line["train/loss"] for line in resumed.metrics() if "train/loss" in line] == straight[True]
+                straight = straight or straight_job(tmp_path).losses()
+                assert resumed.losses() == straight
 
 
 @trials(few=1, all_=20)
 def test_r4_a_killed_rank_is_started_again_from_the_newest_checkpoint(n: int, tmp_path: Path) -> None:
     claim = "SIGKILL of one rank of 2: the other gone < 2 s, `max_restarts` goes on from the newest checkpoint, bitwise"
-    straight: list[float] = []
+    straight: Job | None = None
     slowest = 0.0
     arguments = [*job_arguments(PYTHON), "checkpoint.every_steps=10"]
     with Figure("R4", claim) as figure:
@@ -159,15 +161,9 @@ def test_r4_a_killed_rank_is_started_again_from_the_newest_checkpoint(n: int, tm
                 [session] = job.run_json()["resumed"]
                 assert session["step"] >= 10
                 assert job.run_json()["status"] == "completed"
-                if not straight:
-                    other = Job(PYTHON, *arguments, cwd=tmp_path)
-                    assert other.wait() == 0, other.stderr
-                    straight += other.losses()
-                    last = tmp_path / "last"
-                    (tmp_path / "run" / "checkpoints" / "step_00000200").rename(last)
-                    shutil.rmtree(tmp_path / "run")
-                assert job.losses() == straight
-                for path in last.glob("*-*"):  # rows and random states
+                straight = straight or straight_job(tmp_path)
+                assert job.losses() == straight.losses()
+                for path in (straight.cwd / "run" / "checkpoints" / "step_00000200").glob("*-*"):  # rows, random states
                     mine = cwd / "run" / "checkpoints" / "step_00000200" / path.name
                     assert mine.read_bytes() == path.read_bytes(), path.name
         figure.remarks.append(f"slowest {slowest:.1f} s on a busy machine")

@@ -134,10 +134,8 @@ class Rank:
     def run(self) -> Outcome:
         """Train as the plan says, from the configuration to the exit code."""
         self._watch()
-        # ftlab seeds torch alone. A run that goes on finds other states here, and has to put its own in their place.
-        seed = None if self.plan.config["resume"] else self.worker.rank
-        random.seed(seed)
-        np.random.seed(seed)
+        for seed in (random.seed, np.random.seed, lambda _: torch.seed()):
+            seed(None)  # whatever is found here must not matter
         if self.plan.before is not None:
             self.plan.before(self)
         self.note("start")

@@ -1,0 +1,101 @@
+"""One optimizer step's batch, built again from a run's folder and compared with what the run noted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftlab.config.build import build
+from ftlab.data.batch import Pack, Sample
+from ftlab.data.cache import cache_folder
+from ftlab.data.dataset import Dataset
+from ftlab.data.loader import BatchLoader
+from ftlab.data.tokenizers import Tokenizer
+from ftlab.errors import ConfigError
+from ftlab.models.hub import resolve_checkpoint
+from ftlab.outputs import read_record
+from ftlab.run import beside_checkpoint
+from ftlab.training.ledger import seen_at
+from ftlab.training.loop import TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """A step's global batch.
+
+    Attributes:
+        epoch: which the step was in.
+        samples: as the run's order deals them.
+        noted: by rank, the samples that the run noted for the step; empty where it noted none.
+        tokenizer: to show them.
+        same_data: whether the data is still what the run was trained on, by its fingerprint.
+    """
+
+    step: int
+    epoch: int
+    samples: list[Sample]
+    noted: dict[int, list[int]]
+    tokenizer: Tokenizer
+    same_data: bool
+
+    @property
+    def as_noted(self) -> bool:
+        """Whether these are the samples that the run's ranks noted."""
+        return sorted(i for ids in self.noted.values() for i in ids) == sorted(s.sample_id for s in self.samples)
+
+
+def replay(run: Path, step: int) -> Replayed:
+    """Build the global batch of optimizer step ``step`` (from 1) of the run in ``run`` once more.
+
+    Raises:
+        ConfigError: ``run`` is no run's folder, or never did that step.
+    """
+    try:
+        config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        record = read_record(run)
+        global_batch_size, done = record["global_batch_size"], record["progress"]["step"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError("RUN", f"{run} is not a run that has trained: {error}", "outputs/latest") from error
+    if not 1 <= step <= done:
+        raise ConfigError(
+            "--step", f"{step} is not in 1..{done}, the steps of this run", f"--step {min(max(step, 1), done)}"
+        )
+    named = config["model"].get("checkpoint")
+    follows = named and config["tokenizer"].get("path") == named
+    tokenizer: Tokenizer = build(
+        beside_checkpoint(config["tokenizer"], named, resolve_checkpoint(named, weights=False) if follows else None)
+    )
+    data: Dataset = build(
+        config["dataset"],
+        tokenizer=tokenizer,
+        seq_len=config["seq_len"],
+        seed=config["seed"],
+        cache_dir=cache_folder(config["paths"].get("cache_dir")),
+        progress=None,
+    )
+    loader = BatchLoader(
+        data.train,
+        batch_size=global_batch_size,
+        gradient_accumulation_steps=1,
+        shuffle=data.shuffle,
+        seed=config["seed"],
+        dp_rank=0,
+        dp_size=1,
+        pad_id=tokenizer.pad_id,
+        grouped=data.group_by_length,
+    )
+    trainer: TrainerConfig = build(config["trainer"])
+    epoch, epoch_step = divmod(step - 1, trainer.epoch_steps(loader.steps_per_epoch))
+    rows = loader.order(epoch)[epoch_step * global_batch_size : (epoch_step + 1) * global_batch_size]
+    dealt = [data.train.sample(int(i)) for i in rows]
+    return Replayed(
+        step=step,
+        epoch=epoch,
+        samples=[sample for row in dealt for sample in (row.samples if isinstance(row, Pack) else [row])],
+        noted=seen_at(run / "ledger", step),
+        tokenizer=tokenizer,
+        same_data=data.fingerprint == record.get("data_fingerprint"),
+    )
