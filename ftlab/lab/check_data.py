@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
-from ftlab.data.cache import cache_folder
+from ftlab.data.cache import cache_folder, size_of
 from ftlab.data.dataset import Dataset
 from ftlab.data.mixture import Mixture
 from ftlab.data.samples import Packs
@@ -35,12 +35,13 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
     # Only where the tokenizer is looked for beside the model's weights are these needed.
     checkpoint = resolve_checkpoint(named) if named and config["tokenizer"].get("path") == named else None
     tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], named, checkpoint))
+    cache_dir = cache_folder(config["paths"]["cache_dir"])
     data: Dataset | Mixture = build(
         config["dataset"],
         tokenizer=tokenizer,
         seq_len=config["seq_len"],
         seed=config["seed"] or 0,
-        cache_dir=cache_folder(config["paths"]["cache_dir"]),
+        cache_dir=cache_dir,
         progress=None,
         inspecting=True,
     )
@@ -57,7 +58,9 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data_check.html").write_text(data.page(), encoding="utf-8")
     draw_lengths(data.histograms(), config["seq_len"], folder / "lengths.png")
-    console.print(f"\nwritten: {folder / 'data_check.html'}, {folder / 'lengths.png'}", soft_wrap=True)
+    kept = size_of([cache_dir]) / 2**20
+    console.print(f"\ncache: {kept:,.0f} MiB of tokenised rows and packs in {cache_dir}", soft_wrap=True)
+    console.print(f"written: {folder / 'data_check.html'}, {folder / 'lengths.png'}", soft_wrap=True)
     return 2 if stopping else 0
 
 

@@ -25,6 +25,7 @@ def test_sound_data_is_shown_and_passes(tmp_path, capsys):
     assert check(tmp_path, many(20)) == 0
     said = capsys.readouterr().out
     assert "nothing wrong was found" in said
+    assert "MiB of tokenised rows and packs in" in said
     assert said.count("is trained:") == 3
     assert "⟦naïve answer⟧⟦</s>⟧" in said
     page = (tmp_path / "out" / "data_check.html").read_text(encoding="utf-8")
