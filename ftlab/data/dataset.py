@@ -21,7 +21,7 @@ from ftlab.data.batch import Sample
 from ftlab.data.cache import cached, key_of
 from ftlab.data.encode import Encoder
 from ftlab.data.formats import Format
-from ftlab.data.gate import Finding, Part, find, stop_or_tell
+from ftlab.data.gate import Finding, Part, find, repeated, stop_or_tell
 from ftlab.data.packing import Packing, Plan, plan_packs
 from ftlab.data.problems import Problem, check_allowed
 from ftlab.data.report import report_on
@@ -249,7 +249,7 @@ class Dataset:
             "rows": store.facts["rows_read"],
             "filtered_rows": store.facts["filtered_rows"],
             "left_out_rows": _counted(store.facts["problems"]),
-            "duplicate_rows": len(digests) - len(np.unique(digests)),
+            "duplicate_rows": len(repeated(digests)),
             **{"seq_len": self.seq_len, "too_long": self.too_long, "train_on_input": self.train_on_input},
             "packing": packing,
             "findings": [vars(finding) | {"rows": finding.rows[:100]} for finding in self.findings],

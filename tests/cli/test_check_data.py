@@ -73,7 +73,7 @@ def test_conversations_under_the_tokenizers_own_template(tmp_path, capsys, packi
     )
     said = capsys.readouterr().out
     assert "<|im_start|>assistant" in said
-    assert ("packs" in said) == (packing == "best_fit")
+    assert ("% full" in said) == (packing == "best_fit")
 
 
 def test_a_mixture_tells_the_share_of_every_set(tmp_path, capsys):
