@@ -17,6 +17,7 @@ from ftlab.config.build import build
 from ftlab.data.cache import cache_folder
 from ftlab.data.dataset import Dataset
 from ftlab.data.loader import BatchLoader, SampleSource
+from ftlab.data.mixture import Mixture
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism, Strategy
 from ftlab.distributed.env import WorkerEnv, describe_device, keep_freed_memory, peak_flops
@@ -60,7 +61,7 @@ class Experiment:
     config: Config
     tokenizer: Tokenizer
     model_config: AnyModelConfig
-    data: Dataset
+    data: Dataset | Mixture
     commit: str | None  # of the repository on the Hub that the weights came from
     run: Run
     predicted: Rehearsal | None
@@ -206,13 +207,13 @@ def assemble(
     )
 
 
-def read_data(config: Config, tokenizer: Tokenizer, **given: Any) -> Dataset:
+def read_data(config: Config, tokenizer: Tokenizer, **given: Any) -> Dataset | Mixture:
     """The rows of ``config``, tokenised; from the cache where they are in it.
 
     Args:
         given: ``progress`` and what else a dataset takes at run time.
     """
-    found: Dataset = build(
+    found: Dataset | Mixture = build(
         config["dataset"],
         tokenizer=tokenizer,
         seq_len=config["seq_len"],
@@ -223,7 +224,7 @@ def read_data(config: Config, tokenizer: Tokenizer, **given: Any) -> Dataset:
     return found
 
 
-def _forecast(config: Config, model: AnyModelConfig, data: Dataset, worker: WorkerEnv) -> Rehearsal | None:
+def _forecast(config: Config, model: AnyModelConfig, data: Dataset | Mixture, worker: WorkerEnv) -> Rehearsal | None:
     """What the run will take of memory; refused where that is clearly not there."""
     if not isinstance(model, ModelConfig):
         return None  # what transformers' models do with memory is not rehearsed
@@ -335,7 +336,7 @@ def with_vocabulary(
     return fitting
 
 
-def _same_inputs(opened: Opened, data: Dataset, tokenizer: Tokenizer) -> None:
+def _same_inputs(opened: Opened, data: Dataset | Mixture, tokenizer: Tokenizer) -> None:
     """Refuse to go on with other rows or another tokenizer than the run was trained with."""
     now = {"dataset": data.fingerprint, "tokenizer": tokenizer.fingerprint}
     then = {"dataset": opened.told["data"], "tokenizer": opened.told["tokenizer"]}

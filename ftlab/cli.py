@@ -172,10 +172,9 @@ def _check_data(arguments: argparse.Namespace) -> int:
 
 def _replay(arguments: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.text import Text
 
-    from ftlab.data.show import shown
     from ftlab.lab.replay import replay
+    from ftlab.lab.terminal import print_sample
 
     batch = replay(arguments.run, arguments.step)
     console = Console(highlight=False)
@@ -184,11 +183,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     for rank, ids in sorted(batch.noted.items()):
         console.print(f"  rank {rank} saw {', '.join(map(str, ids)) or 'none'}", soft_wrap=True)
     for sample in batch.samples[: arguments.show]:
-        console.print(f"\n[bold]row {sample.sample_id}[/], {len(sample.tokens)} tokens, green is trained:")
-        text = Text()
-        for run in shown(sample, batch.tokenizer):
-            text.append(run.text, f"{'green' if run.trained else 'dim'}{' bold magenta' * run.control}")
-        console.print(text, soft_wrap=True)
+        print_sample(console, sample, batch.tokenizer)
     if not batch.same_data:
         console.print("\n[bold red]the data is no longer what the run was trained on: its fingerprint differs")
     verdict = "exactly the samples that the run noted" if batch.as_noted else "[bold red]NOT what the run noted"

@@ -13,6 +13,7 @@ from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.dataset import Dataset
 from ftlab.data.loader import BatchLoader
+from ftlab.data.mixture import Mixture
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.env import describe_device, pick_device
 from ftlab.errors import ConfigError
@@ -145,7 +146,7 @@ def _model(config: Config, tokenizer: Tokenizer | None) -> ModelConfig:
 def _counts(config: Config, tokenizer: Tokenizer | None, n_ranks: int, given: Given) -> Counts:
     trainer: TrainerConfig = build(config["trainer"])
     dataset = config["dataset"]
-    at_hand = dataset["source"] == "tiny" or dataset["data_files"] is not None
+    at_hand = dataset.get("source") == "tiny" or dataset.get("data_files") is not None
     if at_hand and tokenizer is not None and given.rows is None:
         data = read_data(config, tokenizer)
         return _counted(config, trainer, data, n_ranks)
@@ -171,7 +172,7 @@ def _counts(config: Config, tokenizer: Tokenizer | None, n_ranks: int, given: Gi
     )
 
 
-def _counted(config: Config, trainer: TrainerConfig, data: Dataset, n_ranks: int) -> Counts:
+def _counted(config: Config, trainer: TrainerConfig, data: Dataset | Mixture, n_ranks: int) -> Counts:
     """By the loader itself, on every rank: what it deals out is what the run counts."""
     loaders = [
         BatchLoader(

@@ -6,32 +6,22 @@ One process (rank 0) writes a folder; the other ranks only add their own ``rank<
 from __future__ import annotations
 
 import fcntl
-import functools
 import json
 import logging
-import math
 import os
 import platform
 import re
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
-from importlib import metadata
+from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal, TextIO
-
-import psutil
-import yaml
 
 from ftlab.errors import FtlabError
 from ftlab.outputs.environment import code_state, machine, now, versions
 from ftlab.outputs.files import to_json, to_yaml
 from ftlab.outputs.secrets import mask_secrets
 from ftlab.storage.disk import replace_file
-
 
 Status = Literal["running", "completed", "failed", "preempted"]
 

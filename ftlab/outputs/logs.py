@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import functools
-import json
 import logging
-import math
-import os
-import platform
-import re
-import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from secrets import token_hex
-from typing import Any, Literal, TextIO
+from typing import TextIO
 
-import psutil
-import yaml
-
-from ftlab.errors import FtlabError
 from ftlab.outputs.secrets import mask_secrets
-from ftlab.storage.disk import replace_file
 
 
 class _MaskingFormatter(logging.Formatter):

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
-import functools
-import json
-import logging
-import math
 import os
-import platform
 import re
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from secrets import token_hex
-from typing import Any, Literal, TextIO
+from typing import Any
 
-import psutil
 import yaml
 
-from ftlab.errors import FtlabError
-from ftlab.storage.disk import replace_file
-
-
 from ftlab.outputs.files import to_yaml
+from ftlab.storage.disk import replace_file
 
 MASK = "***"
 
