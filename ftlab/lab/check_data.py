@@ -11,7 +11,7 @@ from rich.text import Text
 from ftlab.assembly import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
-from ftlab.data.cache import size_of
+from ftlab.data.cache import cache_folder, size_of
 from ftlab.data.dataset import Dataset
 from ftlab.data.mixture import Mixture
 from ftlab.data.samples import Packs
