@@ -17,6 +17,7 @@ from ftlab.config.build import build
 from ftlab.data.cache import cache_folder
 from ftlab.data.dataset import Dataset
 from ftlab.data.loader import BatchLoader, SampleSource
+from ftlab.data.mixture import Mixture
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism, Strategy
 from ftlab.distributed.env import WorkerEnv, describe_device, keep_freed_memory, peak_flops
@@ -25,9 +26,11 @@ from ftlab.distributed.launch import (
 )
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError, DataError
+from ftlab.forecast import MemoryMeter, Setting, available_bytes, forecast_or_none, refuse_unfit
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
 from ftlab.models.auto import AnyModel, AnyModelConfig, find_model
+from ftlab.models.config import ModelConfig
 from ftlab.models.hub import commit_of
 from ftlab.models.resize import compare_specials, fit_vocabulary
 from ftlab.models.transformer import Transformer
@@ -38,10 +41,11 @@ from ftlab.outputs.folder import RunFolder
 from ftlab.outputs.secrets import mask_secrets
 from ftlab.storage.checkpoints import Checkpoints, less_is_better
 from ftlab.training import rng
-from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened
+from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened, require_space
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.loop import Run, TrainerConfig
-from ftlab.training.metrics import training_flops
+from ftlab.training.metrics import GIB, training_flops
+from ftlab.training.rehearse import Rehearsal
 from ftlab.training.snapshot import restore_optimizer, restore_weights
 from ftlab.training.state import TrainState
 
@@ -57,9 +61,16 @@ class Experiment:
     config: Config
     tokenizer: Tokenizer
     model_config: AnyModelConfig
-    data: Dataset
+    data: Dataset | Mixture
     commit: str | None  # of the repository on the Hub that the weights came from
     run: Run
+    predicted: Rehearsal | None
+    meter: MemoryMeter
+
+    def memory(self) -> dict[str, float | None]:
+        """For run.json: GiB of this rank, predicted before the run and measured in it."""
+        predicted = None if self.predicted is None else self.predicted.peak / GIB
+        return {"predicted_peak_gib": predicted, "measured_peak_gib": self.meter.peak_gib()}
 
     def checkpointer(self, folder: RunFolder, keep: CheckpointConfig, opened: Opened | None) -> Checkpointer:
         """What saves this run."""
@@ -139,14 +150,15 @@ def assemble(
         recorder.folder.update(weights={"checkpoint": model_config.checkpoint, "commit": commit})
     tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], config["model"]["checkpoint"], pretrained))
     model_config = with_vocabulary(model_config, pretrained, tokenizer, opened)
-    data: Dataset = build(
-        config["dataset"],
-        tokenizer=tokenizer,
-        seq_len=config["seq_len"],
-        seed=config["seed"],
-        progress=recorder.progress,
-        cache_dir=cache_folder(config["paths"]["cache_dir"]),
-    )
+    if worker.rank == 0 and recorder.folder.writes:
+        require_space(
+            build(config["checkpoint"]),
+            Checkpoints(recorder.folder.path / "checkpoints"),
+            model_config.n_params(),
+            build(config["precision"]).weights,
+            build(config["optimizer"]),
+        )
+    data = read_data(config, tokenizer, progress=recorder.progress)
     if team is not None and (fingerprint := team.from_first("data", data.fingerprint)) != data.fingerprint:
         raise DataError(f"dataset: this machine's samples ({data.fingerprint}) are not rank 0's ({fingerprint})")
     if opened is not None and goes_on:
@@ -165,7 +177,7 @@ def assemble(
         fill = random_weights(seed) if pretrained is None else weights_in(pretrained, tokenizer.new_ids)
     else:  # what goes on is restored at once, when there is an optimizer too
         fill = (lambda _: None) if goes_on else weights_of(opened)
-    accumulate = opened.told["cursor"]["global_batch_size"] if opened is not None and goes_on else None
+    predicted, meter = _forecast(config, model_config, data, worker), MemoryMeter(worker.device)
     run = assemble_run(
         config,
         model_config,
@@ -176,14 +188,58 @@ def assemble(
         evaluator,
         recorder.log,
         worker,
-        global_batch_size=accumulate,
+        global_batch_size=opened.told["cursor"]["global_batch_size"] if opened is not None and goes_on else None,
         grouped=data.group_by_length,
     )
     if opened is not None and goes_on:
         opened.restore(run.state, run.parallel)
     elif opened is not None and config["init_optimizer"]:
         restore_optimizer(run.state, opened.stored, opened.told)
-    return Experiment(config=config, tokenizer=tokenizer, model_config=model_config, commit=commit, data=data, run=run)
+    return Experiment(
+        config=config,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        commit=commit,
+        data=data,
+        run=run,
+        predicted=predicted,
+        meter=meter,
+    )
+
+
+def read_data(config: Config, tokenizer: Tokenizer, **given: Any) -> Dataset | Mixture:
+    """The rows of ``config``, tokenised; from the cache where they are in it.
+
+    Args:
+        given: ``progress`` and what else a dataset takes at run time.
+    """
+    found: Dataset | Mixture = build(
+        config["dataset"],
+        tokenizer=tokenizer,
+        seq_len=config["seq_len"],
+        seed=config["seed"] or 0,
+        cache_dir=cache_folder(config["paths"].get("cache_dir")),
+        **{"progress": None} | given,
+    )
+    return found
+
+
+def _forecast(config: Config, model: AnyModelConfig, data: Dataset | Mixture, worker: WorkerEnv) -> Rehearsal | None:
+    """What the run will take of memory; refused where that is clearly not there."""
+    if not isinstance(model, ModelConfig):
+        return None  # what transformers' models do with memory is not rehearsed
+    setting = Setting(
+        longest=int(data.train.lengths.max()),
+        longest_validation=int(data.validation.lengths.max()) if data.validation is not None else None,
+        n_ranks=worker.world_size,
+        n_local_ranks=worker.local_world_size,
+        on_cuda=worker.device.type == "cuda",
+    )
+    predicted = forecast_or_none(config, model, setting)
+    if predicted is not None:
+        available = available_bytes(worker.device, worker.local_world_size)
+        refuse_unfit(predicted, available, config, model, setting, describe_device(worker.device))
+    return predicted
 
 
 def assemble_run(
@@ -280,7 +336,7 @@ def with_vocabulary(
     return fitting
 
 
-def _same_inputs(opened: Opened, data: Dataset, tokenizer: Tokenizer) -> None:
+def _same_inputs(opened: Opened, data: Dataset | Mixture, tokenizer: Tokenizer) -> None:
     """Refuse to go on with other rows or another tokenizer than the run was trained with."""
     now = {"dataset": data.fingerprint, "tokenizer": tokenizer.fingerprint}
     then = {"dataset": opened.told["data"], "tokenizer": opened.told["tokenizer"]}

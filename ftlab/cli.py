@@ -6,6 +6,7 @@ Each verb is one function that takes its own arguments; torch is imported only b
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,18 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("key", help="dotted key, e.g. optimizer.lr")
     explain.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     explain.set_defaults(verb=_explain)
+
+    plan = verbs.add_parser("plan", help="parameters, memory, steps, time and cost of a run, beforehand")
+    plan.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+    plan.add_argument("--json", action="store_true", help="for programs")
+    plan.add_argument("--rows", type=int, metavar="N", help="training rows, where the data is not at hand")
+    plan.add_argument("--row-tokens", type=float, metavar="N", help="their mean length in tokens")
+    plan.add_argument(
+        "--tokens-per-s", type=_throughput, metavar="N|RUN", help="of all ranks; or a run that measured it"
+    )
+    plan.add_argument("--price-per-hour", type=float, metavar="X", help="of one device")
+    plan.add_argument("--memory-gib", type=float, metavar="N", help="of one GPU, when planning for another machine")
+    plan.set_defaults(verb=_plan)
 
     verify = verbs.add_parser("verify-parallel", help="whether parallelism changes what a configuration computes")
     verify.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps to compare (default 5)")
@@ -79,6 +92,27 @@ def _explain(arguments: argparse.Namespace) -> None:
     from ftlab.config.explain import explain
 
     print(explain(arguments.key, arguments.overrides))
+
+
+def _throughput(text: str) -> float:
+    """A number of tokens per second, or the one in a finished run's run.json."""
+    run = Path(text) / "run.json"
+    if not run.is_file():
+        return float(text)
+    return float(json.loads(run.read_text(encoding="utf-8"))["final_metrics"]["perf/tokens_per_s"])
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from ftlab.lab.plan import Given, plan
+    from ftlab.lab.plan_table import print_plan
+
+    names = ("rows", "row_tokens", "tokens_per_s", "price_per_hour", "memory_gib")
+    found = plan(arguments.overrides, Given(**{name: getattr(arguments, name) for name in names}))
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print_plan(found)
+    return 0 if found["memory"]["fits"] else 1
 
 
 def _verify_parallel(arguments: argparse.Namespace) -> int:
@@ -138,10 +172,9 @@ def _check_data(arguments: argparse.Namespace) -> int:
 
 def _replay(arguments: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.text import Text
 
-    from ftlab.data.show import shown
     from ftlab.lab.replay import replay
+    from ftlab.lab.terminal import print_sample
 
     batch = replay(arguments.run, arguments.step)
     console = Console(highlight=False)
@@ -150,11 +183,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     for rank, ids in sorted(batch.noted.items()):
         console.print(f"  rank {rank} saw {', '.join(map(str, ids)) or 'none'}", soft_wrap=True)
     for sample in batch.samples[: arguments.show]:
-        console.print(f"\n[bold]row {sample.sample_id}[/], {len(sample.tokens)} tokens, green is trained:")
-        text = Text()
-        for run in shown(sample, batch.tokenizer):
-            text.append(run.text, f"{'green' if run.trained else 'dim'}{' bold magenta' * run.control}")
-        console.print(text, soft_wrap=True)
+        print_sample(console, sample, batch.tokenizer)
     if not batch.same_data:
         console.print("\n[bold red]the data is no longer what the run was trained on: its fingerprint differs")
     verdict = "exactly the samples that the run noted" if batch.as_noted else "[bold red]NOT what the run noted"

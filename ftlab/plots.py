@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -143,14 +143,12 @@ def _canvas(title: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def draw_lengths(report: Mapping[str, Any], path: Path) -> None:
-    """Write a histogram of the rows' lengths, as a data report has them, to ``path``."""
+def draw_lengths(histograms: Mapping[str, Mapping[str, list[float]]], seq_len: int, path: Path) -> None:
+    """Write how long rows are, in tokens, to ``path``: a histogram (``edges``, ``counts``) for each name."""
     figure, axes = _canvas("Length of the rows", "rows")
     axes.set_xlabel("tokens", color=_GREY)
-    for name, color in (("train", _BLUE), ("validation", _ORANGE)):
-        if part := report.get(name):
-            edges, counts = part["row_tokens_histogram"]["edges"], part["row_tokens_histogram"]["counts"]
-            axes.stairs(counts, edges, fill=True, alpha=0.6, color=color, label=name)
-    axes.axvline(report["seq_len"], color=_GREY, lw=1.0, ls=(0, (4, 3)), label=f"seq_len {report['seq_len']:,}")
+    for (name, histogram), color in zip(histograms.items(), itertools.cycle((_BLUE, _ORANGE, _GREY)), strict=False):
+        axes.stairs(histogram["counts"], histogram["edges"], fill=True, alpha=0.6, color=color, label=name)
+    axes.axvline(seq_len, color=_GREY, lw=1.0, ls=(0, (4, 3)), label=f"seq_len {seq_len:,}")
     axes.legend(loc="upper right", framealpha=0.85, edgecolor="none")
     figure.savefig(path)

@@ -70,6 +70,14 @@ def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
         folder = folder or RunFolder(path, writes=False)
     assert folder is not None
     setup_logging(folder.path, worker.rank)
+    try:
+        return _train_in(folder, config, worker, team)
+    finally:
+        folder.unlock()
+
+
+def _train_in(folder: RunFolder, config: Config, worker: WorkerEnv, team: Team | None) -> int:
+    first = worker.rank == 0
     source = source_of(folder, config, worker, team)
     recorder = Recorder(folder, [build(node) for node in config["logger"].values()] if first else [])
     with ending_on_signals() if team is None else nullcontext():
@@ -196,7 +204,7 @@ def _train(
     run.ledger = Ledger(folder.path / "ledger", worker.rank)
     _describe(folder, experiment, worker)
     recorder.start(experiment.info(folder, logged_until))
-    stopped = _fit(run, recorder, team)
+    stopped = _fit(experiment, recorder, team)
     if stopped is None and keep.export:
         _export(experiment, recorder)
     run.parallel.close()
@@ -226,9 +234,10 @@ def _describe(folder: RunFolder, experiment: Experiment, worker: WorkerEnv) -> N
     )
 
 
-def _fit(run: Run, recorder: Recorder, team: Team | None) -> signal.Signals | None:
+def _fit(experiment: Experiment, recorder: Recorder, team: Team | None) -> signal.Signals | None:
     """`fit`, with this rank's heartbeat, and signals left to the loop."""
-    progress, folder = run.state.progress, recorder.folder
+    run, folder = experiment.run, recorder.folder
+    progress = run.state.progress
     assert run.checkpointer is not None
     if team is not None:
         beat = team.watch.beat
@@ -242,7 +251,7 @@ def _fit(run: Run, recorder: Recorder, team: Team | None) -> signal.Signals | No
             log.info("%s: stopped %s", stopped.name, saved if progress.step else "before the first step: none is saved")
     finally:
         run.checkpointer.wait()
-        folder.update(progress=asdict(progress))
+        folder.update(progress=asdict(progress), memory=experiment.memory())
         # The last line's speed is one step's; the summary wants the run's.
         recorder.latest |= {"perf/tokens_per_s": progress.tokens / progress.train_s} if progress.train_s else {}
         if team is not None:

@@ -17,16 +17,17 @@ from typing import Any, get_args
 import numpy as np
 
 from ftlab.data.arrays import Choice, Progress, code_of, tokenised
+from ftlab.data.batch import Sample
 from ftlab.data.cache import cached, key_of
 from ftlab.data.encode import Encoder
 from ftlab.data.formats import Format
-from ftlab.data.gate import Finding, Part, find, stop_or_tell
+from ftlab.data.gate import Finding, Part, find, repeated, stop_or_tell
 from ftlab.data.packing import Packing, Plan, plan_packs
 from ftlab.data.problems import Problem, check_allowed
 from ftlab.data.report import report_on
 from ftlab.data.samples import Packs, Samples
 from ftlab.data.shorten import TooLong
-from ftlab.data.show import N_EXAMPLES, as_html, examples, sample_html
+from ftlab.data.show import N_EXAMPLES, as_html, examples
 from ftlab.data.sources import Source, open_source
 from ftlab.data.split import draw_validation
 from ftlab.data.store import Store
@@ -222,11 +223,18 @@ class Dataset:
         """What made the samples' tokens."""
         return Encoder(tokenizer=self.tokenizer, template=self.template, train_on_input=self.train_on_input)
 
+    def examples(self, n: int = N_EXAMPLES) -> list[Sample]:
+        """Some of the training samples, from the shortest to the longest."""
+        return examples(self.train.samples if isinstance(self.train, Packs) else self.train, n)
+
+    def histograms(self) -> dict[str, dict[str, list[float]]]:
+        """How long the rows are, before anything is cut."""
+        parts = {name: self.report[name] for name in ("train", "validation") if self.report[name]}
+        return {name: part["row_tokens_histogram"] for name, part in parts.items()}
+
     def page(self) -> str:
-        """What was found and three samples coloured by what is trained, as HTML."""
-        samples = self.train.samples if isinstance(self.train, Packs) else self.train
-        blocks = [sample_html(sample, self.tokenizer) for sample in examples(samples, N_EXAMPLES)]
-        return as_html(f"{self.source}: what is trained", self.report, self.findings, blocks)
+        """What was found and some samples coloured by what is trained, as HTML."""
+        return as_html(f"{self.source}: what is trained", self.report, self.findings, self.examples(), self.tokenizer)
 
     def _report(self, stores: Mapping[str, Store]) -> dict[str, Any]:
         store = stores["train"]
@@ -241,7 +249,7 @@ class Dataset:
             "rows": store.facts["rows_read"],
             "filtered_rows": store.facts["filtered_rows"],
             "left_out_rows": _counted(store.facts["problems"]),
-            "duplicate_rows": len(digests) - len(np.unique(digests)),
+            "duplicate_rows": len(repeated(digests)),
             **{"seq_len": self.seq_len, "too_long": self.too_long, "train_on_input": self.train_on_input},
             "packing": packing,
             "findings": [vars(finding) | {"rows": finding.rows[:100]} for finding in self.findings],

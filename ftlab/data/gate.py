@@ -68,6 +68,8 @@ def find(parts: Sequence[Part], problems: Sequence[Problem], tokenizer: Tokenize
     for part in parts:
         found += _marked(part)
         found += _repeated(part)
+        other_end = part.rows & (part.store.row_end_ids >= 0) & (part.store.row_end_ids != tokenizer.eos_id)
+        found += _finding("end_is_not_eos", part, part.store.row_numbers[other_end].tolist())
     found += _on_both_sides(parts)
     if tokenizer.pad_id == tokenizer.eos_id:
         found.append(Finding("pad_is_eos", "", [], 0, 0, False))
@@ -105,11 +107,15 @@ def _marked(part: Part) -> Iterator[Finding]:
 
 
 def _repeated(part: Part) -> Iterator[Finding]:
-    digests = part.store.row_digests[part.rows]
-    _, first = np.unique(digests, return_index=True)
-    again = np.ones(len(digests), dtype=bool)
-    again[first] = False
+    again = repeated(part.store.row_digests[part.rows])
     yield from _finding("duplicate", part, part.store.row_numbers[part.rows][again].tolist())
+
+
+def repeated(digests: np.ndarray) -> np.ndarray:
+    """Which of the rows are the same as an earlier one, in ascending order."""
+    order = np.argsort(digests, kind="stable")  # equal rows side by side, the earliest first
+    ordered = digests[order]
+    return np.sort(order[1:][ordered[1:] == ordered[:-1]])
 
 
 def _on_both_sides(parts: Sequence[Part]) -> Iterator[Finding]:

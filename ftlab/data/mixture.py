@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ftlab.data.arrays import Progress
+from ftlab.data.batch import Sample
 from ftlab.data.dataset import Dataset
 from ftlab.data.encode import Encoder
 from ftlab.data.gate import Finding
 from ftlab.data.order import shares
 from ftlab.data.samples import JoinedSamples, MixedRows, Packs
-from ftlab.data.show import as_html, examples, sample_html
+from ftlab.data.show import as_html
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError
 
@@ -95,13 +96,17 @@ class Mixture:
         """That of the first set."""
         return next(iter(self.datasets.values())).encoder()
 
+    def examples(self) -> list[Sample]:
+        """A training sample of every set."""
+        return [sample for made in self.datasets.values() for sample in made.examples(1)]
+
+    def histograms(self) -> dict[str, dict[str, list[float]]]:
+        """How long the rows of every set are."""
+        return {name: made.histograms()["train"] for name, made in self.datasets.items()}
+
     def page(self) -> str:
-        """What was found and samples of every set, as HTML."""
-        blocks = []
-        for made in self.datasets.values():
-            samples = made.train.samples if isinstance(made.train, Packs) else made.train
-            blocks += [sample_html(sample, self.tokenizer) for sample in examples(samples, 1)]
-        return as_html(f"{self.source}: what is trained", self.report, self.findings, blocks)
+        """What was found and samples coloured by what is trained, as HTML."""
+        return as_html(f"{self.source}: what is trained", self.report, self.findings, self.examples(), self.tokenizer)
 
     def _report(self, counts: list[int]) -> dict[str, Any]:
         reports = {name: made.report for name, made in self.datasets.items()}

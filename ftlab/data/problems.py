@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[float | None, str]] = {
     "prompt_not_a_prefix": (None, "a token holds the end of the prompt and the start of the answer"),
     "empty_output": (None, "an empty answer: it teaches to say nothing"),
     "duplicate": (None, "the same as an earlier row"),
+    "end_is_not_eos": (None, "they end with another token than EOS, the only one at which generation stops"),
     "pad_is_eos": (None, "padding uses EOS's id; only padding is masked, every real EOS is trained"),
 }
 BLOCKING = tuple(kind for kind, (limit, _) in KINDS.items() if limit is not None)

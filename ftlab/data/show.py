@@ -59,8 +59,10 @@ td { padding: 0 1rem 0 0; vertical-align: top }
 """
 
 
-def as_html(title: str, report: dict[str, Any], findings: Sequence[Finding], page: Sequence[str]) -> str:
-    """One page: what was found, the numbers, and the samples (each from ``sample_html``)."""
+def as_html(
+    title: str, report: dict[str, Any], findings: Sequence[Finding], samples: Sequence[Sample], tokenizer: Tokenizer
+) -> str:
+    """One page: what was found, the numbers, and samples coloured by what is trained."""
     lines = [
         f'<li class="{"stops" if finding.stops else ""}">{html.escape(f"{finding.kind}: {finding}")}</li>'
         for finding in findings
@@ -77,7 +79,7 @@ def as_html(title: str, report: dict[str, Any], findings: Sequence[Finding], pag
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><table>{''.join(numbers)}</table>"
         f"<h2>Found</h2><ul>{''.join(lines)}</ul>"
         '<p><span class="t">trained</span> · not trained · <span class="c">control token</span></p>'
-        f"{''.join(page)}</html>"
+        f"{''.join(sample_html(sample, tokenizer) for sample in samples)}</html>"
     )
 
 

@@ -41,6 +41,7 @@ _ARRAYS = {
     "row_numbers": np.int64,  # per row: its number in the source
     "row_tokens": np.int32,  # per row: its length before anything was cut
     "row_marks": np.uint16,
+    "row_end_ids": np.int32,  # per row: the control token that ends its last answer, -1 for none
     "row_digests": np.uint64,  # equal rows have equal digests
     "row_families": np.int16,  # into the families, -1 for none
 }
@@ -119,4 +120,5 @@ class Store:
         self.prompt_lens, self.sample_rows = mapped("prompt_lens"), mapped("sample_rows")
         self.row_numbers, self.row_tokens = mapped("row_numbers"), mapped("row_tokens")
         self.row_marks, self.row_digests = mapped("row_marks"), mapped("row_digests")
+        self.row_end_ids = mapped("row_end_ids")
         self.row_families = mapped("row_families")

@@ -95,6 +95,7 @@ class Tokeniser:
                 "row_numbers": np.asarray(numbers),
                 "row_tokens": np.diff(encoded.offsets),
                 "row_marks": samples.marks,
+                "row_end_ids": encoded.end_ids,
                 "row_digests": digests,
                 "families": [conversation.family for conversation in conversations],
             },

@@ -37,6 +37,7 @@ class Replicas(Ranks):
 
     def __init__(self, worker: WorkerEnv, *, activation_checkpointing: str):
         super().__init__(worker)
+        self.activation_checkpointing = activation_checkpointing
         self._whole = OneRank(worker.device, activation_checkpointing=activation_checkpointing)
 
     def place(self, model: nn.Module) -> None:

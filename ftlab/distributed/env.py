@@ -33,6 +33,7 @@ class WorkerEnv:
         local_rank: among the ``local_world_size`` processes on this machine.
         device: where it computes; on a machine with several GPUs the one of its local rank.
         store: where the processes meet; None: at the address that the environment names.
+        in_name_only: the other ranks do not exist: collectives exchange nothing (``training.rehearse``).
     """
 
     rank: int
@@ -41,6 +42,7 @@ class WorkerEnv:
     local_world_size: int
     device: torch.device
     store: dist.Store | None = None
+    in_name_only: bool = False
 
     @classmethod
     def alone(cls, device_name: str) -> WorkerEnv:

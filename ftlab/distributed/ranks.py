@@ -18,6 +18,11 @@ _PATIENCE = timedelta(days=1)
 def join(worker: WorkerEnv, timeout_s: int) -> None:
     """Become a member of the default process group; every collective in it fails after ``timeout_s`` seconds."""
     on_gpu = worker.device.type == "cuda"
+    if worker.in_name_only:
+        from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+        dist.init_process_group("fake", store=FakeStore(), rank=worker.rank, world_size=worker.world_size)
+        return
     if on_gpu:
         torch.cuda.set_device(worker.device)
     # A rank without peers needs no address to meet at.

@@ -8,14 +8,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ftlab.assembly import beside_checkpoint
+from ftlab.assembly import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
-from ftlab.data.cache import cache_folder
+from ftlab.data.cache import cache_folder, size_of
 from ftlab.data.dataset import Dataset
+from ftlab.data.mixture import Mixture
 from ftlab.data.samples import Packs
-from ftlab.data.show import N_EXAMPLES, examples, shown
 from ftlab.data.tokenizers import Tokenizer
+from ftlab.lab.terminal import print_sample
 from ftlab.models.hub import resolve_checkpoint
 from ftlab.plots import draw_lengths
 
@@ -34,34 +35,22 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
     # Only where the tokenizer is looked for beside the model's weights are these needed.
     checkpoint = resolve_checkpoint(named) if named and config["tokenizer"].get("path") == named else None
     tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], named, checkpoint))
-    data: Dataset = build(
-        config["dataset"],
-        tokenizer=tokenizer,
-        seq_len=config["seq_len"],
-        seed=config["seed"] or 0,
-        cache_dir=cache_folder(config["paths"]["cache_dir"]),
-        progress=None,
-        inspecting=True,
-    )
+    data: Dataset | Mixture = read_data(config, tokenizer, inspecting=True)
     console = Console(highlight=False)
     stopping = _tell(console, data)
-    samples = data.train.samples if isinstance(data.train, Packs) else data.train
-    for sample in examples(samples, N_EXAMPLES):
-        key = "green is trained" if console.is_terminal else "what is between ⟦ and ⟧ is trained"
-        console.print(f"\n[bold]row {sample.sample_id}[/], {len(sample.tokens)} tokens, {key}:")
-        text = Text()
-        for run in shown(sample, tokenizer):
-            style = ("bold " * run.control) + ("green" if run.trained else "dim")
-            text.append(run.text if console.is_terminal or not run.trained else f"⟦{run.text}⟧", style)
-        console.print(text, soft_wrap=True)
+    for sample in data.examples():
+        print_sample(console, sample, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data_check.html").write_text(data.page(), encoding="utf-8")
-    draw_lengths(data.report, folder / "lengths.png")
-    console.print(f"\nwritten: {folder / 'data_check.html'}, {folder / 'lengths.png'}", soft_wrap=True)
+    draw_lengths(data.histograms(), config["seq_len"], folder / "lengths.png")
+    cache_dir = cache_folder(config["paths"]["cache_dir"])
+    kept = size_of([cache_dir]) / 2**20
+    console.print(f"\ncache: {kept:,.0f} MiB of tokenised rows and packs in {cache_dir}", soft_wrap=True)
+    console.print(f"written: {folder / 'data_check.html'}, {folder / 'lengths.png'}", soft_wrap=True)
     return 2 if stopping else 0
 
 
-def _tell(console: Console, data: Dataset) -> bool:
+def _tell(console: Console, data: Dataset | Mixture) -> bool:
     """Print what was found; whether any of it stops a run."""
     for name in ("train", "validation"):
         if (part := data.report[name]) is not None:
@@ -72,6 +61,8 @@ def _tell(console: Console, data: Dataset) -> bool:
             )
     if isinstance(data.train, Packs):
         console.print(f"[bold]packs      [/]{len(data.train):,}, {data.train.efficiency():.1%} full")
+    for name, one in data.report.get("sets", {}).items():
+        console.print(f"[bold]{name:<11}[/]{one['share']:.1%} of an epoch, {one['passes_per_epoch']:.2f} times through")
     for warning in data.report["warnings"]:
         console.print(Text(f"- {warning}"), soft_wrap=True)
     stopping = [finding for finding in data.findings if finding.stops and finding.kind not in data.allow]

@@ -8,11 +8,9 @@ from typing import Any
 
 import yaml
 
-from ftlab.assembly import beside_checkpoint
+from ftlab.assembly import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.data.batch import Pack, Sample
-from ftlab.data.cache import cache_folder
-from ftlab.data.dataset import Dataset
 from ftlab.data.loader import BatchLoader
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError
@@ -68,14 +66,7 @@ def replay(run: Path, step: int) -> Replayed:
     tokenizer: Tokenizer = build(
         beside_checkpoint(config["tokenizer"], named, resolve_checkpoint(named, weights=False) if follows else None)
     )
-    data: Dataset = build(
-        config["dataset"],
-        tokenizer=tokenizer,
-        seq_len=config["seq_len"],
-        seed=config["seed"],
-        cache_dir=cache_folder(config["paths"].get("cache_dir")),
-        progress=None,
-    )
+    data = read_data(config, tokenizer)
     loader = BatchLoader(
         data.train,
         batch_size=global_batch_size,

@@ -94,7 +94,7 @@ def candidates(address: Address) -> list[Found]:
         raise CheckpointError(
             address.checkpoints.folder, "holds no checkpoint that was validated", "checkpoint.keep_best=1"
         )
-    return [max(worth)[1]]
+    return [max(worth, key=lambda pair: (pair[0], -pair[1].step))[1]]  # of equals, the one that was there first
 
 
 def deciding_metric(told: dict[str, Any]) -> tuple[str, int]:

@@ -136,7 +136,7 @@ class Checkpoints:
                     keep.add(one.path)
                     continue
                 if value is not None:
-                    worth.append((value, one.step, one.path))
+                    worth.append((value, -one.step, one.path))  # of equals, the one that was there first
             keep |= {path for _, _, path in sorted(worth)[-keep_best:]}
         for one in found:
             if one.path not in keep:

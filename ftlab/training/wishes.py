@@ -41,7 +41,10 @@ class Agreed:
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Raise `Interrupted` on SIGTERM and SIGUSR1, as Python does on Ctrl-C; only a main thread can."""
+    """Raise `Interrupted` on SIGTERM and SIGUSR1, as Python does on Ctrl-C; only a main thread can.
+
+    Afterwards all handlers are what they were, also where `ignore_signals` was called.
+    """
 
     def end(number: int, _: object) -> None:
         raise Interrupted(number)

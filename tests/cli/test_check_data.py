@@ -25,6 +25,7 @@ def test_sound_data_is_shown_and_passes(tmp_path, capsys):
     assert check(tmp_path, many(20)) == 0
     said = capsys.readouterr().out
     assert "nothing wrong was found" in said
+    assert "MiB of tokenised rows and packs in" in said
     assert said.count("is trained:") == 3
     assert "⟦naïve answer⟧⟦</s>⟧" in said
     page = (tmp_path / "out" / "data_check.html").read_text(encoding="utf-8")
@@ -72,4 +73,11 @@ def test_conversations_under_the_tokenizers_own_template(tmp_path, capsys, packi
     )
     said = capsys.readouterr().out
     assert "<|im_start|>assistant" in said
-    assert ("packs" in said) == (packing == "best_fit")
+    assert ("% full" in said) == (packing == "best_fit")
+
+
+def test_a_mixture_tells_the_share_of_every_set(tmp_path, capsys):
+    assert main(["check-data", "--out", str(tmp_path), "dataset=mixture"]) == 0
+    said = capsys.readouterr().out
+    assert "75.0% of an epoch" in said
+    assert "0.50 times through" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -77,13 +78,22 @@ class RemoveAt:
 
 @dataclass
 class Slowly:
-    """Let every change of a checkpoint take its time, while the weights go on changing; then ``act``."""
+    """Let every change of a checkpoint take its time, while the weights go on changing; then ``act``.
+
+    A write in the background begins only when a step has been taken since it was staged.
+    """
 
     seconds: float
     act: KillAt | None = None
 
     def __call__(self, event: Event, rank: Rank) -> None:
         if event.saves:
+            in_background = threading.current_thread() is not threading.main_thread()
+            deadline = time.monotonic() + 2.0
+            while (
+                in_background and rank.step == event.step and event.operation == "open" and time.monotonic() < deadline
+            ):
+                time.sleep(0.001)
             time.sleep(self.seconds)
         if self.act is not None:
             self.act(event, rank)

@@ -87,22 +87,26 @@ def tell_to_stop(folder: Folder, rng: random.Random) -> str:
 
 def job_arguments(how: list[str]) -> list[str]:
     parallelism = ["parallelism=fsdp"] + (["parallelism.nproc_per_node=2"] if how is PYTHON else [])
-    return [*parallelism, "trainer.max_steps=200", "trainer.batch_size=2", "hydra.run.dir=run"]
+    return [
+        *parallelism,
+        "trainer.max_steps=200",
+        "trainer.batch_size=2",
+        "checkpoint.every_steps=10",
+        "hydra.run.dir=run",
+    ]
 
 
-def straight_job(root: Path) -> Job:
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The job when nothing happens to it."""
-    cwd = root / "straight"
-    cwd.mkdir()
-    job = Job(PYTHON, *job_arguments(PYTHON), cwd=cwd)
+    job = Job(PYTHON, *job_arguments(PYTHON), cwd=tmp_path_factory.mktemp("straight"))
     assert job.wait(120) == 0, job.stderr
     return job
 
 
 @trials(few=1, all_=12)
-def test_r6_whole_jobs_told_to_stop(n: int, tmp_path: Path) -> None:
+def test_r6_whole_jobs_told_to_stop(n: int, tmp_path: Path, straight: Job) -> None:
     claim = "the same to `train.py` and `torchrun train.py` from outside: the job's own exit code, nothing left behind"
-    straight: list[float] = []
     with Figure("R6j", claim) as figure:
         for number in range(n):
             rng = figure.random(number)
@@ -130,16 +134,14 @@ def test_r6_whole_jobs_told_to_stop(n: int, tmp_path: Path) -> None:
                 assert (cwd / "run" / "checkpoints" / f"step_{last:08d}" / "MANIFEST.json").exists()
                 resumed = Job(how, "resume=run", cwd=cwd, tiny=False)
                 assert resumed.wait() == 0, resumed.stderr
-                straight = straight or straight_job(tmp_path).losses()
-                assert resumed.losses() == straight
+                assert resumed.losses() == straight.losses()
 
 
 @trials(few=1, all_=20)
-def test_r4_a_killed_rank_is_started_again_from_the_newest_checkpoint(n: int, tmp_path: Path) -> None:
+def test_r4_a_killed_rank_is_started_again_from_the_newest_checkpoint(n: int, tmp_path: Path, straight: Job) -> None:
     claim = "SIGKILL of one rank of 2: the other gone < 2 s, `max_restarts` goes on from the newest checkpoint, bitwise"
-    straight: Job | None = None
     slowest = 0.0
-    arguments = [*job_arguments(PYTHON), "checkpoint.every_steps=10"]
+    arguments = job_arguments(PYTHON)
     with Figure("R4", claim) as figure:
         for number in range(n):
             rng = figure.random(number)
@@ -151,7 +153,7 @@ def test_r4_a_killed_rank_is_started_again_from_the_newest_checkpoint(n: int, tm
                     job = Job(command, *arguments[:1], *arguments[2:], cwd=cwd)
                 else:
                     job = Job(PYTHON, *arguments, "parallelism.max_restarts=1", cwd=cwd)
-                job.wait_for_step(rng.randrange(11, 100))
+                job.wait_for_step(rng.randrange(11, 80))
                 ranks = job.wait_for_ranks(2)
                 victim = rng.randrange(2)
                 ranks[victim].send_signal(signal.SIGKILL)
@@ -165,7 +167,6 @@ def test_r4_a_killed_rank_is_started_again_from_the_newest_checkpoint(n: int, tm
                 [session] = job.run_json()["resumed"]
                 assert session["step"] >= 10
                 assert job.run_json()["status"] == "completed"
-                straight = straight or straight_job(tmp_path)
                 assert job.losses() == straight.losses()
                 for path in (straight.cwd / "run" / "checkpoints" / "step_00000200").glob("*-*"):  # rows, random states
                     mine = cwd / "run" / "checkpoints" / "step_00000200" / path.name

@@ -12,7 +12,7 @@ from ftlab.data.formats import Chat, Instruct
 from ftlab.data.problems import BLOCKING, KINDS
 from ftlab.data.samples import Samples
 from ftlab.data.show import examples, sample_html, shown
-from ftlab.data.templates import AlpacaTemplate, PlainTemplate, StanfordAlpacaTemplate
+from ftlab.data.templates import AlpacaTemplate, PlainTemplate, StanfordAlpacaTemplate, control
 from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from ftlab.errors import DataError
 
@@ -217,6 +217,16 @@ def test_padding_with_eos_is_explained_and_harmless(inspect):
     data = inspect(sound_rows(3), tokenizer=PadIsEos())
     assert [str(finding) for finding in data.findings] == [KINDS["pad_is_eos"][1]]
     assert all(data.train.sample(i).trained[-1] for i in range(3))
+
+
+def test_answers_that_end_with_another_token_than_eos_are_told(inspect):
+    class EndsOtherwise(PlainTemplate):
+        def parts(self, conversation):
+            parts = super().parts(conversation)
+            return [*parts[:-1], control("<pad>", len(conversation.messages) - 1)]
+
+    found = kinds(inspect(sound_rows(3), template=EndsOtherwise(), tokenizer=ByteTokenizer()))
+    assert found == {"end_is_not_eos": [0, 1, 2]}
 
 
 def test_every_kind_is_documented():

@@ -1,0 +1,259 @@
+"""What a configuration will take of memory, whether that is there, and the smallest change that makes it fit."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ftlab.config.build import build
+from ftlab.config.check import compose_config
+from ftlab.distributed.base import Workers
+from ftlab.errors import ConfigError
+from ftlab.models.config import ModelConfig
+from ftlab.training.metrics import GIB, peak_memory_gib
+from ftlab.training.rehearse import Rehearsal, Shapes, rehearse
+
+Config = dict[str, Any]
+log = logging.getLogger(__name__)
+
+CLEAR_EXCESS = 1.1  # refused above: what is live at once is known exactly, what else wants memory is not
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a forecast needs beside the configuration.
+
+    Attributes:
+        longest: tokens of the longest training row.
+        longest_validation: of the longest validation row; None without any.
+        n_ranks, n_local_ranks: of the run, of this machine.
+        on_cuda: what it runs on.
+    """
+
+    longest: int
+    longest_validation: int | None
+    n_ranks: int
+    n_local_ranks: int
+    on_cuda: bool
+
+
+def forecast(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal:
+    """The memory of one rank of the run that ``config`` describes."""
+    trainer, evaluation = build(config["trainer"]), build(config["evaluation"])
+    validation = setting.longest_validation
+    length = 0 if validation is None else min(validation + evaluation.max_new_tokens, model.max_seq_len)
+    return rehearse(
+        model,
+        precision=build(config["precision"]),
+        strategy=build(config["parallelism"]),
+        n_ranks=setting.n_ranks,
+        n_local_ranks=setting.n_local_ranks,
+        optimizer=build(config["optimizer"]),
+        loss=build(config["loss"]),
+        max_grad_norm=trainer.max_grad_norm,
+        shapes=Shapes(
+            training=(trainer.batch_size, setting.longest),
+            n_micro_batches=trainer.accumulation_steps(setting.n_ranks),
+            evaluation=None if validation is None else (evaluation.batch_size, validation),
+            answers=(evaluation.n_samples, length) if validation and evaluation.n_samples else None,
+        ),
+        on_cuda=setting.on_cuda,
+    )
+
+
+def forecast_or_none(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal | None:
+    """`forecast`, for a run that goes on without one: not every optimizer can work on tensors without data."""
+    try:
+        return forecast(config, model, setting)
+    except ConfigError:
+        raise
+    except Exception as error:
+        log.debug("no forecast of memory: %s", error, exc_info=True)
+        return None
+
+
+def available_bytes(device: torch.device, n_local_ranks: int) -> int:
+    """What one rank can still get: free on its GPU, or its share of what the machine or the container has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    if _CGROUP_LIMIT.is_file() and (limit := _CGROUP_LIMIT.read_text().strip()).isdigit():
+        free = min(free, int(limit) - psutil.Process().memory_info().rss)
+    return free // n_local_ranks
+
+
+def refuse_unfit(
+    rehearsal: Rehearsal, available: int, config: Config, model: ModelConfig, setting: Setting, device: str
+) -> None:
+    """Refuse a run that clearly needs more than there is, before anything is loaded.
+
+    Raises:
+        ConfigError: with the GiB of every part, those available, and the smallest change that makes it fit.
+    """
+    needed = max(rehearsal.phases.values())
+    if needed <= CLEAR_EXCESS * available:
+        return
+    parts = {
+        "weights": rehearsal.weights,
+        "gradients": rehearsal.gradients,
+        "optimizer state": rehearsal.optimizer_state,
+    }
+    told = ", ".join(f"{name} {n_bytes / GIB:.1f}" for name, n_bytes in parts.items())
+    rest = (needed - sum(parts.values())) / GIB
+    told += f", activations and buffers {rest:.1f}" if rest > 0 else ""
+    change = smallest_change(rehearsal, config, model, setting, available)
+    raise ConfigError(
+        "memory",
+        f"each rank needs {needed / GIB:.1f} GiB ({told}), but {device} has {available / GIB:.1f} available",
+        " ".join(change.overrides) if change else "a smaller model or seq_len; nothing else makes it fit",
+    )
+
+
+# ------------------------------------------------------------------------------------------- what would fit
+
+
+@dataclass(frozen=True)
+class Change:
+    """Overrides that make a run smaller, and the configuration and ranks that they lead to."""
+
+    overrides: list[str]
+    config: Config
+    n_ranks: int
+
+
+def smallest_change(
+    rehearsal: Rehearsal, config: Config, model: ModelConfig, setting: Setting, available: int
+) -> Change | None:
+    """The first of `changes` under which the run fits into ``available`` bytes; None if none does.
+
+    Args:
+        rehearsal: of the run as it is, which does not fit.
+    """
+    said: list[str] = []
+    size = config["trainer"]["batch_size"]
+    if rehearsal.phases["evaluation"] > available and config["evaluation"]["batch_size"] > size:
+        said = [f"evaluation.batch_size={size}"]  # costs nothing but a little time, and nothing else helps there
+        config = _with(config, evaluation={"batch_size": size})
+    unchanged = [Change([], config, setting.n_ranks)] if said else []
+    for change in (*unchanged, *changes(config, setting)):
+        changed = replace(setting, n_ranks=change.n_ranks, n_local_ranks=min(change.n_ranks, 8))
+        found = forecast_or_none(change.config, model, changed)
+        if found is not None and found.peak <= available:
+            return replace(change, overrides=[*said, *change.overrides])
+    return None
+
+
+def changes(config: Config, setting: Setting) -> Iterator[Change]:
+    """Ways to need less memory, those first that cost least: none of the first changes what is learnt.
+
+    Recomputation costs time; smaller micro-batches cost some of it too; more GPUs cost money; offload costs much time;
+    16-bit weights and a simpler optimizer change the result.
+    """
+    modes = ["none", "selective", "full"]
+    more_recomputed = modes[modes.index(config["parallelism"]["activation_checkpointing"]) + 1 :]
+    sizes = list(_smaller_batches(config["trainer"], setting.n_ranks))
+    for mode in more_recomputed:
+        recomputed = _with(config, parallelism={"activation_checkpointing": mode})
+        yield Change([f"parallelism.activation_checkpointing={mode}"], recomputed, setting.n_ranks)
+    for said, trainer in sizes:
+        yield Change(said, _with(config, trainer=trainer), setting.n_ranks)
+    least = _with(config, parallelism={"activation_checkpointing": "full"})
+    said = ["parallelism.activation_checkpointing=full"] if more_recomputed else []
+    for more, trainer in sizes:
+        yield Change([*said, *more], _with(least, trainer=trainer), setting.n_ranks)
+    if sizes:
+        least, said = _with(least, trainer=sizes[-1][1]), [*said, *sizes[-1][0]]
+    if setting.on_cuda:
+        yield from _over_more_ranks([([], config), (said, least)], setting.n_ranks)
+    for group, option in (("precision", "bf16_mixed"), ("precision", "bf16"), ("optimizer", "sgd")):
+        if config[group] != _option(group, option):
+            said = [one for one in said if not one.startswith(f"{group}=")] + [f"{group}={option}"]
+            least = least | {group: _option(group, option)}
+            yield Change(list(said), least, setting.n_ranks)
+
+
+def _smaller_batches(trainer: Config, n_ranks: int) -> Iterator[tuple[list[str], Config]]:
+    """Halves of the micro-batch, with as many more of them to a step."""
+    size, times = trainer["batch_size"], build(trainer).accumulation_steps(n_ranks)
+    while size % 2 == 0:
+        size, times = size // 2, times * 2
+        said = [f"trainer.batch_size={size}"]
+        if trainer["global_batch_size"] is None:
+            yield (
+                [*said, f"trainer.gradient_accumulation_steps={times}"],
+                {
+                    "batch_size": size,
+                    "gradient_accumulation_steps": times,
+                },
+            )
+        else:
+            yield said, {"batch_size": size}
+
+
+def _over_more_ranks(variants: Sequence[tuple[list[str], Config]], n_ranks: int) -> Iterator[Change]:
+    """Each of ``variants`` (what was said, what it led to) sharded over more and more ranks; then offloaded."""
+    sharded = _option("parallelism", "fsdp")
+    for ranks in (2, 4, 8, 16, 32, 64):
+        where = {"nproc_per_node": min(ranks, 8), "nnodes": math.ceil(ranks / 8)}
+        over = [f"parallelism.{key}={value}" for key, value in where.items() if value > 1]
+        for said, config in variants if ranks >= n_ranks else ():
+            kept = {"activation_checkpointing": config["parallelism"]["activation_checkpointing"]}
+            yield Change(["parallelism=fsdp", *over, *said], config | {"parallelism": sharded | kept | where}, ranks)
+    for said, config in variants:
+        kept = {"activation_checkpointing": config["parallelism"]["activation_checkpointing"], "cpu_offload": True}
+        overrides = ["parallelism=fsdp", "parallelism.cpu_offload=true", *said]
+        yield Change(overrides, config | {"parallelism": sharded | kept}, n_ranks)
+
+
+def _option(group: str, name: str) -> Config:
+    return compose_config([f"{group}={name}"])[group]
+
+
+def _with(config: Config, **groups: Config) -> Config:
+    changed = copy.copy(config)
+    for group, values in groups.items():
+        changed[group] = config[group] | values
+    return changed
+
+
+# ------------------------------------------------------------------------------------------- what it really took
+
+
+class MemoryMeter:
+    """The growth of this process's memory from here on.
+
+    Args:
+        device: CUDA: what the allocator gives out; CPU: the resident set, above what it is now.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._start = 0.0
+        if device.type != "cuda":
+            reset = Path("/proc/self/clear_refs")  # Linux: else the peak of reading the data would stay the peak
+            if reset.exists():
+                reset.write_text("5")
+            self._start = psutil.Process().memory_info().rss / GIB
+
+    def peak_gib(self) -> float:
+        """The most so far."""
+        return peak_memory_gib(self._device) - self._start
+
+
+def n_workers(config: Config, device: torch.device) -> tuple[int, int]:
+    """(ranks of the run, ranks of one machine) that ``config`` starts on a machine like this."""
+    settings = build(config["parallelism"])
+    if not isinstance(settings, Workers):
+        return 1, 1
+    n_gpus = torch.cuda.device_count() if device.type == "cuda" else 1
+    n_local = settings.nproc_per_node or n_gpus
+    return n_local * settings.nnodes, n_local

@@ -1,0 +1,315 @@
+"""A run's first steps on tensors that have shapes and no data: what they take of memory, before any of it is taken.
+
+It is the run's own code that is rehearsed, `train_step` and the strategy's sharding included, so whatever is
+changed there is in the figures by itself. Billions of parameters take seconds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+
+from ftlab.data.batch import Batch
+from ftlab.distributed.base import Parallelism, Strategy
+from ftlab.distributed.ddp import Replicas
+from ftlab.distributed.env import WorkerEnv
+from ftlab.distributed.precision import Precision
+from ftlab.distributed.single import OneRank
+from ftlab.losses import Loss
+from ftlab.models.config import ModelConfig
+from ftlab.models.layers import KVCache
+from ftlab.models.live_bytes import LiveBytes, Phase, cuda_peak, heap_peak, live_peaks
+from ftlab.models.transformer import Transformer
+from ftlab.optim.groups import decay_groups
+from ftlab.training.generate import _last_logits
+from ftlab.training.loop import Run, TrainerConfig, train_step
+from ftlab.training.state import TrainState
+
+# Beside tensors: code of kernels that is paged in, their packing buffers, threads' stacks. Measured: 10 to 40 MiB.
+PROCESS_BYTES = 32 * 2**20
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The largest tensors of rows that a run meets: (sequences, tokens).
+
+    Attributes:
+        training: a micro-batch on one rank.
+        n_micro_batches: of an optimizer step.
+        evaluation: a batch of validation rows; None without validation.
+        answers: prompts that are answered at once; tokens are prompt and answer together.
+    """
+
+    training: tuple[int, int]
+    n_micro_batches: int
+    evaluation: tuple[int, int] | None
+    answers: tuple[int, int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """Bytes on one rank.
+
+    Attributes:
+        phases: most that is live at once in each: load, forward and backward, first optimizer step, later steps,
+            evaluation, save.
+        weights, gradients, optimizer_state: what is kept from step to step, or within one.
+        peak: of the whole run as it is measured: what torch's allocator gave out on CUDA, the growth of the resident
+            set on a CPU.
+    """
+
+    phases: dict[str, int]
+    weights: int
+    gradients: int
+    optimizer_state: int
+    peak: int
+
+
+def rehearse(
+    model_config: ModelConfig,
+    *,
+    precision: Precision,
+    strategy: Strategy,
+    n_ranks: int,
+    n_local_ranks: int,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    loss: Loss,
+    max_grad_norm: float | None,
+    shapes: Shapes,
+    on_cuda: bool,
+) -> Rehearsal:
+    """Rehearse rank 0 of a run on CPU tensors without data.
+
+    Args:
+        n_ranks, n_local_ranks: the others exist in name only. There must be no process group yet.
+        on_cuda: what the figures are for; the kernels rehearsed are the CPU's, whose results have the same sizes.
+    """
+    worker = WorkerEnv(
+        rank=0, local_rank=0, world_size=n_ranks, local_world_size=n_local_ranks, device=_CPU, in_name_only=True
+    )
+    with torch.device("meta"):
+        model = model_config.build().to(precision.weights)
+    live = LiveBytes()
+    with _group_of_its_own(), ExitStack() as stack:
+        parallel = strategy.start(worker, precision)
+        if isinstance(parallel, Replicas):
+            parallel = _Buckets(parallel)
+        # No fallback: an operation that torch cannot do without data would quietly be done on real zeros.
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False))
+        _without_data(model)
+        parallel.place(model)
+        stack.enter_context(live)
+        live.enter("load")
+        live.hold([*model.parameters(), *model.buffers()])
+        if model_config.checkpoint is not None:
+            torch.empty_like(max((_local(p) for p in model.parameters()), key=Tensor.numel))  # one tensor's bytes
+        run = _run(model, precision, parallel, optimizer, loss, max_grad_norm)
+        run.clock.on_enter = live.enter
+        gradients = _GradientBytes(model)
+        first_phase_of = {"load": 0}
+        for step in ("first step", "later steps"):
+            first_phase_of[step] = len(live.phases)
+            train_step(run, [_batch(shapes.training)] * min(shapes.n_micro_batches, 2))
+        first_phase_of["evaluation"] = len(live.phases)
+        live.enter("evaluation")
+        _evaluate(run, shapes)
+        first_phase_of["save"] = len(live.phases)
+        live.enter("save")
+        state = run.state.optimizer.state.values()
+        kept = [value for values in state for value in values.values() if isinstance(value, Tensor)]
+        weights, optimizer_state = sum(map(_n_bytes, model.parameters())), sum(map(_n_bytes, kept))
+        peak = cuda_peak(live.phases) if on_cuda else heap_peak(live.phases) + PROCESS_BYTES
+        if on_cuda and getattr(strategy, "cpu_offload", False):  # then what is kept is kept on the host
+            peak -= weights + gradients.total + optimizer_state
+    return Rehearsal(
+        phases=_by_part(live.phases, first_phase_of),
+        weights=weights,
+        gradients=gradients.total,
+        optimizer_state=optimizer_state,
+        peak=peak,
+    )
+
+
+def _without_data(model: Transformer) -> None:
+    """Bring a model from meta to CPU tensors without data, and let ``place`` find nothing left to allocate."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=_CPU))
+            setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=_CPU))
+    to_empty: Any = lambda **_: model  # noqa: E731 -- a method of this one model
+    model.to_empty = to_empty  # type: ignore[method-assign]
+
+
+def _by_part(phases: list[Phase], first_phase_of: dict[str, int]) -> dict[str, int]:
+    """The phases that a user is told of."""
+    peaks = live_peaks(phases)
+    parts: defaultdict[str, int] = defaultdict(int)
+    starts = list(first_phase_of.items())
+    for i, (phase, peak) in enumerate(zip(phases, peaks, strict=True)):
+        part = next(name for name, start in reversed(starts) if i >= start)
+        if part == "first step":
+            part = "first optimizer step" if phase.name == "optimizer" else "first forward and backward"
+        parts[part] = max(parts[part], peak)
+    return dict(parts)
+
+
+def _run(
+    model: Transformer,
+    precision: Precision,
+    parallel: Parallelism,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    loss: Loss,
+    max_grad_norm: float | None,
+) -> Run:
+    """What `train_step` needs."""
+    shards: dict[Tensor, Tensor] = {
+        p: nn.Parameter(_local(p).detach()) if isinstance(p, DTensor) else p for p in model.parameters()
+    }
+    groups = [group | {"params": [shards[p] for p in group["params"]]} for group in decay_groups(model)]
+    update = optimizer(groups)
+    if isinstance(update, torch.optim.SGD):  # its fused kernel is one that needs data; the loop's state is the same
+        for group in update.param_groups:
+            group |= {"fused": False, "foreach": False}
+    trainer = TrainerConfig(
+        epochs=None,
+        max_steps=2,
+        max_steps_per_epoch=None,
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        global_batch_size=None,
+        max_grad_norm=max_grad_norm,
+        log_every_steps=1,
+    )
+    no_loader: Any = None
+    run = Run(
+        trainer=trainer,
+        state=TrainState(
+            model=model,
+            optimizer=update,
+            scheduler=torch.optim.lr_scheduler.LambdaLR(update, lambda _: 1.0),
+            scaler=precision.grad_scaler(_CPU),
+        ),
+        loader=no_loader,
+        loss=loss,
+        precision=precision,
+        parallel=parallel,
+        evaluator=None,
+        log=lambda *_: None,
+        step_flops=lambda _: 0.0,
+        peak_flops=1.0,
+    )
+    guard: Any = _Updates(update, run.state.scaler, shards)
+    run.guard = guard
+    return run
+
+
+class _Updates:
+    """In place of ``FiniteGuard``: numbers that are not there cannot be looked at.
+
+    Of sharded parameters the optimizer gets this rank's rows as plain tensors, which is what its kernel works on.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, shards: Mapping[Tensor, Tensor]):
+        self._optimizer, self._scaler = optimizer, scaler
+        self._sharded = [(whole, shard) for whole, shard in shards.items() if whole is not shard]
+
+    def update(self, *_: Any) -> None:
+        for whole, shard in self._sharded:
+            assert whole.grad is not None
+            shard.grad, whole.grad = _local(whole.grad), None
+        self._optimizer.step()
+        if self._scaler.is_enabled():
+            self._scaler.update(1.0)
+
+
+class _Buckets(OneRank):
+    """In place of ``Replicas``, whose buckets C++ makes from data: they are as large as the gradients, and stay."""
+
+    def __init__(self, replicas: Replicas):
+        super().__init__(_CPU, activation_checkpointing=replicas.activation_checkpointing)
+        self.dp_size = replicas.dp_size
+
+    def place(self, model: nn.Module) -> None:
+        super().place(model)
+        for parameter in model.parameters():
+            bucket = torch.empty_like(parameter)
+
+            def keep(parameter: Tensor, bucket: Tensor = bucket) -> None:
+                parameter.grad = bucket
+
+            parameter.register_post_accumulate_grad_hook(keep)
+
+
+class _GradientBytes:
+    """Adds up the gradients of a model as they are first made."""
+
+    def __init__(self, model: nn.Module):
+        self.total = 0
+        self._handles: dict[Tensor, Any] = {
+            p: p.register_post_accumulate_grad_hook(self._count) for p in model.parameters()
+        }
+
+    def _count(self, parameter: Tensor) -> None:
+        if (handle := self._handles.pop(parameter, None)) is not None:
+            handle.remove()
+            self.total += _n_bytes(parameter)  # gradients have the shape, dtype and shards of their parameters
+
+
+def _evaluate(run: Run, shapes: Shapes) -> None:
+    model = run.state.model
+    model.eval()
+    with torch.no_grad(), run.precision.autocast(_CPU):
+        if shapes.evaluation is not None:
+            batch = _batch(shapes.evaluation)
+            model(batch.tokens, batch.targets, run.loss)
+        if shapes.answers is not None:
+            n_rows, length = shapes.answers
+            cache = KVCache(model.config.n_layers, capacity=length)
+            _last_logits(model, torch.zeros(n_rows, length - 1, dtype=torch.int64), cache)
+            _last_logits(model, torch.zeros(n_rows, 1, dtype=torch.int64), cache)
+    model.train()
+
+
+def _batch(shape: tuple[int, int]) -> Batch:
+    n_rows, length = shape
+    return Batch(
+        tokens=torch.zeros(shape, dtype=torch.int64),
+        targets=torch.zeros(shape, dtype=torch.int64),
+        sample_ids=list(range(n_rows)),
+        lengths=[length] * n_rows,
+        n_targets=n_rows * length,
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _n_bytes(tensor: Tensor) -> int:
+    local = _local(tensor)
+    return local.numel() * local.itemsize
+
+
+@contextmanager
+def _group_of_its_own() -> Iterator[None]:
+    """Leaves no process group behind, so that the run itself can make one."""
+    assert not dist.is_initialized(), "a rehearsal comes before the run's own process group"
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
