@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.figures import Figure, trials
 from tests.faults.harness import Folder, Trial, config_of, reference
-from tests.faults.test_kills import FSDP, SINGLE
+from tests.faults.test_kills import DDP, FSDP, SINGLE
 from tests.faults.trial import Outcome, Plan
 
 LONG = ("trainer.max_steps=60", "checkpoint.every_steps=1", "checkpoint.keep_last=60", "scheduler.warmup_steps=7")
@@ -111,6 +111,16 @@ def test_r8_resumed_on_other_numbers_of_ranks(n: int, tmp_path: Path) -> None:
 
 def counts(folder: Folder) -> list[tuple[int, float]]:
     return [(line["tokens"], line["epoch"]) for line in folder.metrics() if "tokens" in line]
+
+
+def test_more_ranks_share_the_rows_of_a_step_and_do_not_add_to_them(tmp_path: Path) -> None:
+    """The configuration says rows per rank; the run goes on with the rows per step that it began with."""
+    other, _ = reference()
+    folder = Folder(tmp_path / "run", *DDP[1], n_ranks=2)
+    copy(other, folder, only=9)
+    folder.train()
+    assert rows_of(folder) == {step: ids for step, ids in rows_of(other).items() if step > 9}
+    assert counts(folder) == counts(other)
 
 
 _straight: dict[tuple[str, int, Path], tuple[Folder, list[Outcome]]] = {}
