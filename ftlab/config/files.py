@@ -61,7 +61,9 @@ def _sibling(path: Path) -> Path | None:
 def output_problem(folder: str) -> ConfigError | None:
     """Why no run can be written into ``folder``; None when one can. Nothing is created."""
     path = Path(folder).expanduser().absolute()
-    if (path / "run.json").is_file():
+    # torchrun started this process again (--max-restarts): the run is its own, and will be gone on with.
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if (path / "run.json").is_file() and not again:
         free = next(f"{path}_{n}" for n in range(2, 1000) if not os.path.lexists(f"{path}_{n}"))
         run = _describe(path / "run.json")
         return ConfigError("paths.output_dir", f"{path} already holds {run}", override("paths.output_dir", free))
