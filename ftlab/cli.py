@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="RUN, RUN@STEP, RUN@best or RUN/checkpoints/step_N")
     export.add_argument("out", type=Path, help="folder to make")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the files; default: the weights' own")
+    export.add_argument("--layout", choices=("hf", "meta"), default="hf", help="Hugging Face's (default) or Meta's")
     export.set_defaults(verb=_export)
 
     check = verbs.add_parser("check-data", help="what is wrong with the data, and what of it is trained")
@@ -159,7 +160,7 @@ def _verify_resume(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> None:
     from ftlab.lab.export import export
 
-    proof = export(arguments.run, arguments.out, arguments.dtype)
+    proof = export(arguments.run, arguments.out, arguments.dtype, arguments.layout)
     print(f"{arguments.out}: read back; largest difference of a logit {proof.max_abs_diff:.3g}", end="")
     print(f" (logits up to {proof.max_abs_logit:.3g}), every tensor equal to the bit")
 

@@ -1,4 +1,4 @@
-"""A checkpoint of a run as a Hugging Face folder."""
+"""A checkpoint of a run as a folder that others open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ftlab.training.export import Proof, export_model
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def export(address: str, out: Path, dtype: str | None) -> Proof:
+def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
     """Write the checkpoint at ``address`` to ``out`` and prove that it reads back as what was trained.
 
     In one process on the CPU, whatever the run was trained on. Memory: the model and the rows of one tensor.
@@ -27,6 +27,7 @@ def export(address: str, out: Path, dtype: str | None) -> Proof:
     Args:
         address: RUN, RUN@STEP, RUN@best or RUN/checkpoints/step_N.
         dtype: fp32, bf16 or fp16; null: what the weights were trained in.
+        layout: ``hf`` or ``meta``.
 
     Raises:
         ConfigError: there is no such checkpoint, or ``out`` exists.
@@ -54,4 +55,5 @@ def export(address: str, out: Path, dtype: str | None) -> Proof:
         precision=plain,
         parallel=parallel,
         about={"run": manifest.run, "step": manifest.step, "checkpoint": manifest.digest},
+        layout=layout,
     )

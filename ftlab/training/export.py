@@ -16,10 +16,11 @@ from ftlab.data.loader import permutation
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
-from ftlab.errors import FtlabError
+from ftlab.errors import ConfigError, FtlabError
 from ftlab.models.auto import AnyModel
 from ftlab.models.shards import held_rows, this_rank
-from ftlab.models.weights import export_weights, load_weights, stored_tensors
+from ftlab.models.transformer import Transformer
+from ftlab.models.weights import export_meta_weights, export_weights, load_weights, stored_tensors
 from ftlab.outputs.files import to_json
 from ftlab.storage import disk
 
@@ -58,8 +59,9 @@ def export_model(
     parallel: Parallelism,
     about: Mapping[str, Any],
     card: str | None = None,
+    layout: str = "hf",
 ) -> Proof:
-    """Write model and tokenizer as one Hugging Face folder, complete for transformers and vLLM.
+    """Write model and tokenizer as one folder, complete for transformers and vLLM, or in Meta's layout.
 
     It is written aside, and takes the place of an earlier export only when
 
@@ -73,6 +75,7 @@ def export_model(
     Args:
         about: what the manifest should say beside: the run, the step.
         card: the folder's README.md.
+        layout: ``hf``, or ``meta`` for consolidated.00.pth and params.json (rank 0 then holds the whole model).
 
     Raises:
         ExportError: with the first tensor that differs, or the logits' difference.
@@ -82,7 +85,12 @@ def export_model(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         tokenizer.save(aside)
-    export_weights(model, aside, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=None)
+    if layout == "meta":
+        if not isinstance(model, Transformer):
+            raise ConfigError("--layout", "Meta's layout is for Llamas, not for models of transformers", "--layout hf")
+        export_meta_weights(model, aside, dtype=dtype)
+    else:
+        export_weights(model, aside, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=None)
     if card is not None and this_rank() == 0:
         (aside / "README.md").write_text(card, encoding="utf-8")
     proof = _prove(model, aside, dtype, precision, parallel)

@@ -297,6 +297,17 @@ def test_the_verb_exports_any_checkpoint_in_any_dtype_and_proves_it(
     assert end["proof"]["max_abs_diff"] == 0.0
 
 
+def test_metas_layout_reads_back_as_what_was_trained(straight: FinishedRun, tmp_path: Path) -> None:
+    from ftlab.models.auto import AutoModelConfig
+    from ftlab.models.weights import load_weights
+
+    assert ftlab(["export", f"{straight.folder}@6", str(tmp_path / "out"), "--layout", "meta"]) == 0
+    model = AutoModelConfig(checkpoint=str(tmp_path / "out")).read(tmp_path / "out").build()
+    load_weights(model, tmp_path / "out")
+    trained = rows(straight, 6)
+    assert all(torch.equal(p, trained[f"model.{name}"]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("what", ["one weight", "the configuration"])
 def test_an_export_that_reads_back_otherwise_is_no_export(
     what: str,

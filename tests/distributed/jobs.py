@@ -27,6 +27,19 @@ TINY = [
     *("device=cpu", "seed=0"),
 ]
 ENDLESS = ["trainer.max_steps=1000000", "trainer.log_every_steps=10"]
+_started: list[Job] = []
+
+
+def end_all() -> None:
+    """Kill what is left of every job that was started: a test that failed may not have come to its end."""
+    while _started:
+        job = _started.pop()
+        for process in job.look():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if job.process.poll() is None:
+            job.process.kill()
+        job.process.wait()
 
 
 class Job:
@@ -55,6 +68,7 @@ class Job:
             start_new_session=True,  # so that Ctrl-C can be sent to all of it, and to nothing else
         )
         self._all: dict[int, psutil.Process] = {}
+        _started.append(self)
 
     def look(self) -> list[psutil.Process]:
         """All processes of the job that are alive now; remembered, for they may be orphans later."""

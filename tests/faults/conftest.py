@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.jobs import end_all
 from tests.faults import figures, harness
 
 
@@ -16,6 +17,7 @@ from tests.faults import figures, harness
 def _clean_up() -> Iterator[None]:
     yield
     harness.clean_up()
+    end_all()
 
 
 @pytest.hookimpl(trylast=True)
