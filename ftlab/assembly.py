@@ -218,7 +218,7 @@ def read_data(config: Config, tokenizer: Tokenizer, **given: Any) -> Dataset | M
         tokenizer=tokenizer,
         seq_len=config["seq_len"],
         seed=config["seed"] or 0,
-        cache_dir=cache_folder(config["paths"].get("cache_dir")),
+        cache_dir=cache_folder(config["paths"]["cache_dir"]),
         **{"progress": None} | given,
     )
     return found
