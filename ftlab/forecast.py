@@ -246,7 +246,7 @@ class MemoryMeter:
 
     def peak_gib(self) -> float:
         """The most so far."""
-        return peak_memory_gib(self._device) - self._start
+        return max(0.0, peak_memory_gib(self._device) - self._start)  # what was freed before is used again
 
 
 def n_workers(config: Config, device: torch.device) -> tuple[int, int]:

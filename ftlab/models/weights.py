@@ -23,7 +23,7 @@ from ftlab.models.shards import all_rows, barrier, held_rows, this_rank
 from ftlab.models.stored import KEY, StoredTensor
 from ftlab.models.transformer import Transformer
 
-PIECE_BYTES = 4 * 2**20  # read together
+PIECE_BYTES = 2**20  # read together
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub's tools and transformers use
 
 
@@ -32,7 +32,7 @@ def load_weights(model: Transformer | HFTransformer, folder: Path, new_ids: rang
 
     The folder is compared with the model first (its config.json or params.json, then every tensor's shape),
     so nothing is changed when it does not fit. Of a sharded parameter each rank reads its own rows. Peak memory
-    above the parameters: some 4 MiB pieces of one tensor.
+    above the parameters: some pieces of 1 MiB of one tensor.
 
     Args:
         model: parameters allocated (``to_empty``), not on meta; whole or sharded.

@@ -24,7 +24,7 @@ def code_state() -> dict[str, Any]:
 
     None where ftlab is an installed package (even one inside somebody's repository) or git is not at hand.
     """
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> list[str]:
         # No optional locks: a run must not fight with the user's own git over the index.

@@ -6,6 +6,7 @@ changed there is in the figures by itself. Billions of parameters take seconds.
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -313,3 +314,5 @@ def _group_of_its_own() -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        # Groups are known by numbers that begin anew: one that is collected later would take the run's own with it.
+        gc.collect()

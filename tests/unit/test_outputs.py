@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ftlab import outputs
+from ftlab.outputs import environment
+from ftlab.outputs import logs as log_records
 from ftlab.outputs.files import append_jsonl
 from ftlab.outputs.folder import RunFolder
 from ftlab.outputs.logs import setup_logging
@@ -139,8 +140,9 @@ def test_a_kill_in_the_middle_of_an_update_leaves_the_old_run_json(tmp_path, run
 
 
 def test_code_state_is_null_where_ftlab_is_no_checkout_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "__file__", str(tmp_path / "site-packages" / "ftlab" / "outputs.py"))
-    assert outputs.code_state() == {"commit": None, "dirty": None}
+    elsewhere = str(tmp_path / "site-packages" / "ftlab" / "outputs" / "environment.py")
+    monkeypatch.setattr(environment, "__file__", elsewhere)
+    assert environment.code_state() == {"commit": None, "dirty": None}
 
 
 def test_jsonl_rows_are_appended_one_a_line(tmp_path):
@@ -189,7 +191,7 @@ def test_what_the_user_calls_latest_is_left_alone(tmp_path):
 def logs(tmp_path):
     yield lambda rank: setup_logging(tmp_path, rank)
     for name in ("ftlab", "py.warnings"):
-        for handler in outputs._handlers:
+        for handler in log_records._handlers:
             logging.getLogger(name).removeHandler(handler)
     logging.captureWarnings(False)
 
