@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 _CHUNK = 4 * 2**20  # bytes hashed or written at a time
-_HASH_BEHIND = 8  # chunks that hashing may be behind writing
+_HASH_BEHIND = 256  # chunks that hashing may be behind writing: it goes on while the disk flushes
 
 
 def _nobody(operation: str, path: Path) -> None:
