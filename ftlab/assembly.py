@@ -159,6 +159,8 @@ def assemble(
             build(config["precision"]).weights,
             build(config["optimizer"]),
         )
+    if team is not None:
+        team.watch.beat(0, "read data")
     data = read_data(config, tokenizer, progress=recorder.progress)
     if team is not None and (fingerprint := team.from_first("data", data.fingerprint)) != data.fingerprint:
         raise DataError(f"dataset: this machine's samples ({data.fingerprint}) are not rank 0's ({fingerprint})")
@@ -178,6 +180,8 @@ def assemble(
         fill = random_weights(seed) if pretrained is None else weights_in(pretrained, tokenizer.new_ids)
     else:  # what goes on is restored at once, when there is an optimizer too
         fill = (lambda _: None) if goes_on else weights_of(opened)
+    if team is not None:
+        team.watch.beat(0, "build model")
     predicted, meter = _forecast(config, model_config, data, worker), MemoryMeter(worker.device)
     run = assemble_run(
         config,
@@ -192,6 +196,8 @@ def assemble(
         global_batch_size=opened.told["cursor"]["global_batch_size"] if opened is not None and goes_on else None,
         grouped=data.group_by_length,
     )
+    if team is not None:
+        team.watch.beat(0, "restore")
     if opened is not None and goes_on:
         opened.restore(run.state, run.parallel)
     elif opened is not None and config["init_optimizer"]:

@@ -38,9 +38,11 @@ _FAILURE = 64 * 1024  # bytes for the first failure, a JSON object
 _LOST = "Lost"
 _STOPPED = "Stopped"  # all ranks ended in good order, when asked to: nobody's failure, but no reason to start again
 _POLL_S = 0.1
+_SAME_S = 1.0  # a terminal's Ctrl-C reaches a worker twice: directly and through its starter
 _CULPRIT_S = 1.0  # how long a rank whose exchange broke waits to learn who broke it
 _CLOSE_LOST_S = 1.5  # how long a rank may take to close its files once another is lost
 _CLOSE_S = 8.0  # the same after Ctrl-C or an error that a rank could tell of itself
+_NOTICE = 1 / 4  # of that time, for the main thread to come to its next `beat` before it is interrupted
 
 
 class Pulse(NamedTuple):
@@ -175,7 +177,7 @@ class Watch:
         self._on_stuck, self._publish, self._elsewhere = on_stuck, publish, elsewhere
         self._step, self._phase, self._left, self._count = 0, "start", 0, 0
         self._still: dict[int, tuple[int, float]] = {}  # local rank: its last pulse, seconds for which that stood still
-        self._closing = False
+        self._closing, self._interrupted_at = False, math.inf
         self.leaves_signals = False
         """Whether signals are somebody else's: the loop's, which saves before it stops."""
         self._lock = threading.Lock()
@@ -209,9 +211,17 @@ class Watch:
         self._signals.close()
 
     def beat(self, step: int, phase: str) -> None:
-        """Say what this rank is about to do."""
+        """Say what this rank is about to do.
+
+        Raises:
+            RankError: there is a reason to stop instead. A good place for it: an interrupt may find the main thread
+                in native code that calls Python and does not expect an exception, which ends the process.
+        """
         self._step, self._phase = step, phase
         self._beat()
+        if not self._closing and (failure := self.board.failure()) is not None and failure.kind != _STOPPED:
+            self._closing = True
+            raise RankError(failure)
 
     def stopped(self, exit_code: int) -> None:
         """Note that this rank stops in good order with all others, because someone asked for it."""
@@ -274,13 +284,16 @@ class Watch:
             self._publish(failure)
 
     def _interrupt(self, *_: object) -> None:
-        if not self._closing:  # a second one would tear what the first one closes
-            raise KeyboardInterrupt
+        """SIGINT, by Ctrl-C or by the thread: the first Ctrl-C leaves the main thread time for its next `beat`."""
+        again = time.monotonic() > self._interrupted_at + _SAME_S
+        self._interrupted_at = min(self._interrupted_at, time.monotonic())
+        if not self._closing and (again or self.board.failure() is not None):
+            raise KeyboardInterrupt  # not while closing, which it would tear
 
     # -------------------------------------------------------------------------------------- the thread
 
     def _watch(self) -> None:
-        stop_by, signalled_at, received = math.inf, math.inf, signal.SIGTERM
+        stop_by, interrupt_at, signalled_at, received = math.inf, math.inf, math.inf, signal.SIGTERM
         before = time.monotonic()
         while not self._left:
             select.select([self._signals], [], [], _POLL_S)
@@ -301,14 +314,17 @@ class Watch:
             if failure is not None and failure.kind == _STOPPED:
                 continue
             if failure is not None and stop_by == math.inf:
-                stop_by = now + (_CLOSE_LOST_S if failure.kind == _LOST else _CLOSE_S)
-                _thread.interrupt_main()  # it may be in a loop that waits for the lost one
+                time_left = _CLOSE_LOST_S if failure.kind == _LOST else _CLOSE_S
+                stop_by, interrupt_at = now + time_left, now + _NOTICE * time_left
             elif failure is None and now > signalled_at + _CULPRIT_S / 2:  # no failure made anyone send the signal
                 signalled_at = math.inf
                 if self.leaves_signals:  # it came before the loop listened
                     os.kill(os.getpid(), received)
                 else:
                     self._stop_on(received)
+            if now > interrupt_at:
+                interrupt_at = math.inf
+                _thread.interrupt_main()  # it may be in a loop that waits for the lost one
             if failure is not None and now > stop_by:
                 self._on_stuck(RankError(failure))
                 os._exit(failure.exit_code)
