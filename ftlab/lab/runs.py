@@ -1,0 +1,243 @@
+"""Run folders as plain records, in whatever state they are: running, killed, torn by a full disk. Without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftlab.config.layers import leaves
+from ftlab.errors import ConfigError
+from ftlab.outputs.folder import read_record
+
+Row = dict[str, Any]
+Series = list[tuple[int, float | None]]  # step and value; None where it was not finite
+
+# libyaml's parser, where PyYAML was built with it, reads a configuration in a tenth of the time.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run's folder; each file is read when it is first asked for, and what cannot be read is empty.
+
+    Attributes:
+        folder: absolute, links resolved.
+    """
+
+    folder: Path
+
+    @cached_property
+    def record(self) -> Row:
+        """``run.json``."""
+        try:
+            return read_record(self.folder)
+        except (OSError, ValueError, RecursionError):
+            return {}
+
+    @cached_property
+    def config(self) -> Row:
+        """``config.yaml``, resolved, secrets masked."""
+        found = _yaml(self.folder / "config.yaml")
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """``config`` flat: dotted key and value; a list is one value."""
+        return {str(key): value for key, value in leaves(self.config)}
+
+    @cached_property
+    def overrides(self) -> list[str]:
+        """What the user typed, as Hydra noted it."""
+        found = _yaml(self.folder / ".hydra" / "overrides.yaml")
+        return [str(item) for item in found] if isinstance(found, list) else []
+
+    @cached_property
+    def metrics(self) -> list[Row]:
+        """The lines of ``metrics.jsonl`` in the order of their steps."""
+        return list(read_jsonl(self.folder / "metrics.jsonl"))
+
+    @cached_property
+    def samples(self) -> list[Row]:
+        """The lines of ``samples.jsonl``."""
+        return list(read_jsonl(self.folder / "samples.jsonl"))
+
+    @cached_property
+    def evaluations(self) -> list[Row]:
+        """What ``ftlab evaluate`` found, from ``evaluation.json``."""
+        try:
+            found = json.loads((self.folder / "evaluation.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return []
+        return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+    @property
+    def id(self) -> str:
+        """The run's own, for ever; empty where it is not known."""
+        return str(self.record.get("id", ""))
+
+    @property
+    def name(self) -> str:
+        """The name its user gave it; its folder's where that is not known."""
+        return str(self.record.get("name") or self.config.get("run_name") or self.folder.name)
+
+    @property
+    def seed(self) -> int | None:
+        """The one it ran with, drawn or given."""
+        seed = self.record.get("seed", self.config.get("seed"))
+        return seed if isinstance(seed, int) else None
+
+    @cached_property
+    def status(self) -> str:
+        """``running``, ``completed``, ``failed`` or ``preempted``; ``lost``: it says running, but its process is gone;
+        ``unknown``: there is no ``run.json`` that can be read."""
+        status = str(self.record.get("status", "unknown"))
+        return "lost" if status == "running" and self._writer_is_gone() else status
+
+    @property
+    def error(self) -> dict[str, str] | None:
+        """``type`` and ``message`` of what ended it, and ``kind`` where that is known; None where nothing did."""
+        found = self.record.get("error")
+        if isinstance(found, dict):
+            return {str(key): str(value) for key, value in found.items()}
+        return None if found is None else {"type": "", "message": str(found)}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, as far as anything in the folder says."""
+        progress = self.record.get("progress")
+        done = progress.get("step") if isinstance(progress, dict) else None
+        return done if isinstance(done, int) else max((row["step"] for row in self.metrics), default=0)
+
+    @cached_property
+    def final_metrics(self) -> dict[str, float | None]:
+        """The newest value of every metric: the run's own summary, or its last lines where there is none yet."""
+        summary = self.record.get("metrics")
+        if not isinstance(summary, dict) or not summary:
+            summary = {}
+            for row in self.metrics:
+                summary |= {key: value for key, value in row.items() if key not in ("step", "non_finite")}
+        return {str(key): value for key, value in summary.items() if value is None or _is_number(value)}
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Every metric that was logged, in the order of first appearance."""
+        names = dict.fromkeys(key for row in self.metrics for key in row)
+        return [name for name in names if name not in ("step", "non_finite")]
+
+    def series(self, metric: str) -> Series:
+        """Steps and values of ``metric``; empty where it was never logged."""
+        rows = ((row["step"], row[metric]) for row in self.metrics if metric in row)
+        return [(step, value if _is_number(value) else None) for step, value in rows]
+
+    def _writer_is_gone(self) -> bool:
+        """Whether the process that wrote the folder was of this machine and has ended."""
+        try:
+            holder = (self.folder / ".lock").read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return False
+        found = re.fullmatch(r"process (\d+) on (.*)", holder.strip())
+        if not found or found[2] != platform.node():
+            return False
+        try:
+            os.kill(int(found[1]), 0)  # sends nothing; only asks
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+def find_runs(paths: Iterable[Path]) -> list[RunRecord]:
+    """Every run in ``paths``: run folders themselves, and all that lie below other folders; oldest first, each once.
+
+    Raises:
+        ConfigError: a path does not exist, or there is no run in it.
+    """
+    found: dict[Path, RunRecord] = {}
+    for path in paths:
+        here = path.expanduser()
+        if not here.is_dir():
+            raise ConfigError("FOLDER", f"there is no folder {path}", "outputs")
+        before = len(found)
+        runs = list(_below(here.resolve()))
+        found |= {folder: RunRecord(folder) for folder in runs}
+        if not runs and before == len(found):
+            raise ConfigError("FOLDER", f"there is no run in {path}", "outputs, multirun_outputs or a run's folder")
+    return sorted(found.values(), key=lambda run: (str(run.record.get("started", "")), natural(str(run.folder))))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    if is_run(folder):
+        yield folder
+        return
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):  # not outputs/latest
+            yield from _below(Path(entry.path))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is a run's, by what it holds."""
+    return any((folder / name).is_file() for name in ("run.json", "config.yaml", "metrics.jsonl"))
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """A sort key under which job 10 comes after job 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """The settings in which ``runs`` differ: each with its value in every run, None where a run has no such setting.
+
+    Where they run and what they are called is not a setting. Where runs take different components (``_target_``), the
+    arguments that only one of these has are not listed: the component says it.
+    """
+    present = [run for run in runs if run.settings]
+    keys = dict.fromkeys(key for run in present for key in run.settings)
+    varying = {}
+    for key in keys:
+        values = [run.settings[key] for run in present if key in run.settings]
+        component = f"{key.rpartition('.')[0]}._target_"
+        explained = len({run.settings.get(component) for run in present}) > 1
+        if key.startswith(_NO_SETTING) or key.endswith("._partial_"):
+            continue
+        if any(value != values[0] for value in values) or (len(values) < len(present) and not explained):
+            varying[key] = [run.settings.get(key) for run in runs]
+    return varying
+
+
+_NO_SETTING = ("paths.", "run_name", "resume", "logger.")
+
+
+def read_jsonl(path: Path) -> Iterator[Row]:
+    """The objects of a file of one JSON object a line that have a ``step``; torn and foreign lines are left out."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return
+    for line in content.split(b"\n"):  # not splitlines(): texts hold other line ends, which JSON leaves as they are
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a safe loader, both of them
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
