@@ -21,7 +21,6 @@ from ftlab.data.mixture import Mixture
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism, Strategy
 from ftlab.distributed.env import WorkerEnv, describe_device, keep_freed_memory, peak_flops
-from ftlab.distributed.fsdp import HSDP
 from ftlab.distributed.launch import (
     Team,
 )
@@ -233,9 +232,7 @@ def read_data(config: Config, tokenizer: Tokenizer, **given: Any) -> Dataset | M
 
 def _forecast(config: Config, model: AnyModelConfig, data: Dataset | Mixture, worker: WorkerEnv) -> Rehearsal | None:
     """What the run will take of memory; refused where that is clearly not there."""
-    # What transformers' models do with memory is not rehearsed. The groups of HSDP's mesh are, but only where no run
-    # follows in the same process: torch finds groups by number, and the rehearsal's would be in the way.
-    if not isinstance(model, ModelConfig) or isinstance(build(config["parallelism"]), HSDP):
+    if not isinstance(model, ModelConfig):  # what transformers' models do with memory is not rehearsed
         return None
     setting = Setting(
         longest=int(data.train.lengths.max()),

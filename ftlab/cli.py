@@ -100,7 +100,10 @@ def _throughput(text: str) -> float:
     run = Path(text) / "run.json"
     if not run.is_file():
         return float(text)
-    return float(json.loads(run.read_text(encoding="utf-8"))["final_metrics"]["perf/tokens_per_s"])
+    measured = json.loads(run.read_text(encoding="utf-8")).get("metrics") or {}
+    if "perf/tokens_per_s" not in measured:
+        raise argparse.ArgumentTypeError(f"{run} has no tokens_per_s: did that run reach its end?")
+    return float(measured["perf/tokens_per_s"])
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import torch
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.distributed.base import Workers
+from ftlab.distributed.fsdp import HSDP
 from ftlab.errors import ConfigError
 from ftlab.models.config import ModelConfig
 from ftlab.training.metrics import GIB, peak_memory_gib
@@ -50,13 +51,17 @@ def forecast(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal:
     """The memory of one rank of the run that ``config`` describes."""
     trainer, evaluation = build(config["trainer"]), build(config["evaluation"])
     validation = setting.longest_validation
+    strategy, n_ranks, n_local_ranks = build(config["parallelism"]), setting.n_ranks, setting.n_local_ranks
+    if isinstance(strategy, HSDP):  # what a rank holds is decided by its group; the others only add to its gradients
+        _, n_ranks = strategy.mesh_shape(n_ranks, n_local_ranks)
+        strategy, n_local_ranks = strategy.one_group(), min(n_ranks, n_local_ranks)
     length = 0 if validation is None else min(validation + evaluation.max_new_tokens, model.max_seq_len)
     return rehearse(
         model,
         precision=build(config["precision"]),
-        strategy=build(config["parallelism"]),
-        n_ranks=setting.n_ranks,
-        n_local_ranks=setting.n_local_ranks,
+        strategy=strategy,
+        n_ranks=n_ranks,
+        n_local_ranks=n_local_ranks,
         optimizer=build(config["optimizer"]),
         loss=build(config["loss"]),
         max_grad_norm=trainer.max_grad_norm,

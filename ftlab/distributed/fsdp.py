@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
 
@@ -76,6 +76,10 @@ class HSDP(FSDP):
             [replicate, shard], worker.device.type, mesh=ranks, mesh_dim_names=("replicate", "shard")
         )
         return Shards(self, worker, precision, mesh)
+
+    def one_group(self) -> FSDP:
+        """How the ranks of one group share the model, as if there were no other groups."""
+        return FSDP(**{field.name: getattr(self, field.name) for field in fields(FSDP)})
 
     def mesh_shape(self, n_ranks: int, n_local_ranks: int) -> tuple[int, int]:
         """(groups, ranks in a group).

@@ -12,19 +12,22 @@ from ftlab.cli import main as ftlab
 from ftlab.lab.plan import Given, plan
 from tests.cli.conftest import SMALL
 from tests.conftest import ROOT
+from tests.unit.test_transformer import PUBLISHED
 
-PUBLISHED = {"llama2_7b": 6_738_415_616, "llama2_13b": 13_015_864_320, "llama2_70b": 68_976_648_192}
 QUICK = ("checkpoint.export=false", "evaluation.at_start=false", "evaluation.n_samples=0", "evaluation.max_batches=1")
 TWO_RANKS = ("parallelism.nproc_per_node=2",)
 
 
-@pytest.mark.parametrize("option", PUBLISHED)
+QUICKLY_PLANNED = ("llama2_7b", "llama3_2_1b", "qwen3_0_6b", "smollm2_135m")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [option if option in QUICKLY_PLANNED else pytest.param(option, marks=pytest.mark.slow) for option in PUBLISHED],
+)
 def test_parameters_are_the_published_ones(option):
-    overrides = [f"model={option}", "model.n_layers=2", "seq_len=64", "trainer.batch_size=1", "optimizer=sgd"]
-    two = plan(overrides, Given(memory_gib=1e6))["model"]["parameters"]
-    three = plan([*overrides, "model.n_layers=3"], Given(memory_gib=1e6))["model"]["parameters"]
-    n_layers = {"llama2_7b": 32, "llama2_13b": 40, "llama2_70b": 80}[option]
-    assert two + (n_layers - 2) * (three - two) == PUBLISHED[option]
+    found = plan([f"model={option}", "seq_len=64", "trainer.batch_size=1", "optimizer=sgd"], Given(memory_gib=1e6))
+    assert found["model"]["parameters"] == PUBLISHED[option]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,15 @@ def test_without_data_the_counts_follow_from_the_numbers_given():
     assert found["cost"] == pytest.approx(
         {"tokens_per_s": 1000, "hours": 15 / 3600, "device_hours": 15 / 3600, "price": 30 / 3600}
     )
+
+
+def test_throughput_can_be_that_of_a_run(tiny_run, capsys):
+    run = tiny_run("trainer.max_steps=3", *QUICK)
+    measured = run.json("run.json")["metrics"]["perf/tokens_per_s"]
+    assert ftlab(["plan", *SMALL, "--tokens-per-s", str(run.folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cost"]["tokens_per_s"] == measured
+    assert found["cost"]["hours"] == pytest.approx(found["run"]["tokens"] / measured / 3600)
 
 
 def test_the_smallest_change_makes_it_fit(capsys):
@@ -97,8 +109,12 @@ def test_a_run_that_clearly_cannot_fit_is_refused_before_its_weights_are_made(ti
     assert len(message.splitlines()) <= 3
 
 
-def test_every_run_records_what_was_predicted_and_measured(tiny_run):
-    memory = tiny_run("trainer.max_steps=1").json("run.json")["memory"]
+HSDP = ("parallelism=hsdp", "parallelism.replicate_degree=2", *TWO_RANKS)
+
+
+@pytest.mark.parametrize("parallelism", [(), HSDP], ids=["single", "hsdp"])
+def test_every_run_records_what_was_predicted_and_measured(tiny_run, parallelism):
+    memory = tiny_run("trainer.max_steps=1", *parallelism).json("run.json")["memory"]
     assert memory["predicted_peak_gib"] > 0
     assert memory["measured_peak_gib"] >= 0
 
