@@ -67,6 +67,7 @@ def test_without_data_the_counts_follow_from_the_numbers_given():
 def test_throughput_can_be_that_of_a_run(tiny_run, capsys):
     run = tiny_run("trainer.max_steps=3", *QUICK)
     measured = run.json("run.json")["metrics"]["perf/tokens_per_s"]
+    capsys.readouterr()
     assert ftlab(["plan", *SMALL, "--tokens-per-s", str(run.folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["cost"]["tokens_per_s"] == measured
