@@ -16,8 +16,8 @@ from typing import Any
 
 from ftlab.config.build import build
 from ftlab.distributed.base import Workers
+from ftlab.distributed.board import RankError
 from ftlab.distributed.env import WorkerEnv, share_cores
-from ftlab.distributed.heartbeat import RankError
 from ftlab.distributed.launch import (
     Jobs,
     attempt,

@@ -19,8 +19,8 @@ import torch
 from ftlab.assembly import Config, Experiment, assemble
 from ftlab.config.build import build
 from ftlab.config.layers import leaves
+from ftlab.distributed.board import RankError
 from ftlab.distributed.env import WorkerEnv
-from ftlab.distributed.heartbeat import RankError
 from ftlab.distributed.launch import (
     Team,
     meet_team,

@@ -1,40 +1,31 @@
 """Who of this machine's ranks is alive, and what it was doing when it no longer was.
 
-Every rank writes its step and phase into a small file that all ranks of the machine have mapped into memory, which
-costs nothing, and survives the rank. A thread of every rank watches the others: when one has died or fallen silent,
+Every rank writes its step and phase on the board: a small file that all ranks of the machine have mapped into memory,
+which costs nothing, and survives the rank. A thread of every rank watches the others: when one has died or fallen silent,
 the survivors stop within seconds, and the first to know says why, once.
 """
 
 from __future__ import annotations
 
 import _thread
-import fcntl
-import json
 import math
-import mmap
 import os
 import select
 import signal
 import socket
-import struct
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
-from typing import NamedTuple
 
 import psutil
 import torch
 
+from ftlab.distributed.board import Board, Failure, Pulse, RankError
 from ftlab.errors import FtlabError
 
-_RECORD = struct.Struct("iiiqq16s")  # rank, pid, whether it has left in order, pulse, step, phase
-_SLOT = 64  # bytes per rank
-_FAILURE = 64 * 1024  # bytes for the first failure, a JSON object
 _LOST = "Lost"
 _STOPPED = "Stopped"  # all ranks ended in good order, when asked to: nobody's failure, but no reason to start again
 _POLL_S = 0.1
@@ -43,111 +34,6 @@ _CULPRIT_S = 1.0  # how long a rank whose exchange broke waits to learn who brok
 _CLOSE_LOST_S = 1.5  # how long a rank may take to close its files once another is lost
 _CLOSE_S = 8.0  # the same after Ctrl-C or an error that a rank could tell of itself
 _NOTICE = 1 / 4  # of that time, for the main thread to come to its next `beat` before it is interrupted
-
-
-class Pulse(NamedTuple):
-    """What one rank last wrote."""
-
-    rank: int
-    pid: int
-    left: int
-    pulse: int  # counts up for as long as the process runs
-    step: int
-    phase: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Why a group of ranks stopped: the first thing that went wrong on this machine."""
-
-    rank: int
-    step: int
-    phase: str
-    kind: str
-    message: str
-    exit_code: int
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether someone wanted it so: Ctrl-C, SIGTERM."""
-        return self.exit_code > 128
-
-
-class RankError(FtlabError):
-    """A rank is gone, or another one's failure ended this one; says which, where it was, and why."""
-
-    def __init__(self, failure: Failure):
-        self.failure = failure
-        self.exit_code = failure.exit_code
-        super().__init__(failure)
-
-    def __str__(self) -> str:
-        return self.failure.message
-
-
-class Board:
-    """The file in memory: one record per local rank, a place for the first failure, and whether it was told."""
-
-    def __init__(self, path: Path, n_ranks: int):
-        self.n_ranks = n_ranks
-        self._file = path.open("r+b")
-        self._memory = mmap.mmap(self._file.fileno(), n_ranks * _SLOT + _FAILURE + 1)
-        self._threads = threading.Lock()
-
-    @classmethod
-    def create(cls, path: Path, n_ranks: int) -> Board:
-        """A new board; the other ranks open it by its path."""
-        aside = path.with_suffix(".tmp")
-        aside.write_bytes(bytes(n_ranks * _SLOT + _FAILURE + 1))
-        os.replace(aside, path)
-        return cls(path, n_ranks)
-
-    def write(self, local_rank: int, pulse: Pulse) -> None:
-        """Set one rank's record; each rank writes only its own."""
-        record = _RECORD.pack(*pulse[:5], pulse.phase.encode())
-        self._memory[local_rank * _SLOT : local_rank * _SLOT + _RECORD.size] = record
-
-    def read(self, local_rank: int) -> Pulse | None:
-        """One rank's record; None before it has written any."""
-        *numbers, phase = _RECORD.unpack_from(self._memory, local_rank * _SLOT)
-        rank, pid, left, pulse, step = numbers
-        return Pulse(rank, pid, left, pulse, step, phase.rstrip(b"\0").decode()) if pid else None
-
-    def claim(self, failure: Failure) -> bool:
-        """Put ``failure`` down as the first; False when there is one already."""
-        text = json.dumps(asdict(failure)).encode()
-        if len(text) > _FAILURE:
-            text = json.dumps(asdict(failure) | {"message": failure.message[-_FAILURE // 8 :]}).encode()
-        with self._locked():
-            if self.failure() is not None:
-                return False
-            start = self.n_ranks * _SLOT
-            self._memory[start : start + len(text)] = text
-            return True
-
-    def take_the_word(self) -> bool:
-        """Whether nobody has told the user of the failure yet, which falls to the caller then."""
-        with self._locked():
-            told, self._memory[-1:] = self._memory[-1:], b"t"
-            return told != b"t"
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        # The file's lock holds off other processes, the other one this process's other thread.
-        with self._threads:
-            fcntl.lockf(self._file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.lockf(self._file, fcntl.LOCK_UN)
-
-    def failure(self) -> Failure | None:
-        """The first failure; None as long as there is none."""
-        text = self._memory[self.n_ranks * _SLOT : -1].rstrip(b"\0")
-        try:
-            return Failure(**json.loads(text)) if text else None
-        except ValueError:  # half written: there will be one in a moment
-            return None
 
 
 class Watch:

@@ -34,8 +34,9 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ftlab.distributed.base import Workers
+from ftlab.distributed.board import Board, Failure, RankError
 from ftlab.distributed.env import WorkerEnv, pick_device, share_cores
-from ftlab.distributed.heartbeat import Board, Failure, RankError, Watch
+from ftlab.distributed.heartbeat import Watch
 from ftlab.distributed.started import Group, addresses, leads
 from ftlab.errors import ConfigError
 
