@@ -1,8 +1,8 @@
 """Who of this machine's ranks is alive, and what it was doing when it no longer was.
 
 Every rank writes its step and phase on the board: a small file that all ranks of the machine have mapped into memory,
-which costs nothing, and survives the rank. A thread of every rank watches the others: when one has died or fallen silent,
-the survivors stop within seconds, and the first to know says why, once.
+which costs nothing, and survives the rank. A thread of every rank watches the others: when one has died or fallen
+silent, the survivors stop within seconds, and the first to know says why, once.
 """
 
 from __future__ import annotations
