@@ -28,6 +28,7 @@ from ftlab.distributed.single import OneRank
 from ftlab.storage import disk
 from ftlab.storage.checkpoints import Checkpoints
 from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity
+from ftlab.training.guard import StepGuard
 from ftlab.training.state import TrainState
 
 IDENTITY = Identity(run="benchmark", config={}, config_hash="", data="", tokenizer="", global_batch_size=1)
@@ -49,11 +50,13 @@ def state_of(gib: float) -> TrainState:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     return TrainState(
         model=model,  # type: ignore[arg-type]
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        scaler=scaler,
+        guard=StepGuard(optimizer, scaler, OneRank(torch.device("cpu")), max_skipped=0, spike_sigma=None),
     )
 
 

@@ -88,7 +88,7 @@ def measure(run: Run, n_steps: int, *, synchronize: bool) -> dict[str, float]:
         run.clock.enter("data")
     wait()
     seconds = run.clock.take()
-    run.guard.check()
+    run.state.guard.check()
     return seconds
 
 

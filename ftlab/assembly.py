@@ -43,6 +43,7 @@ from ftlab.storage.checkpoints import Checkpoints, less_is_better
 from ftlab.training import rng
 from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened, require_space
 from ftlab.training.evaluate import Evaluator
+from ftlab.training.guard import StepGuard
 from ftlab.training.loop import Run, TrainerConfig
 from ftlab.training.metrics import GIB, training_flops
 from ftlab.training.rehearse import Rehearsal
@@ -292,11 +293,15 @@ def assemble_run(
     model = build_model(model_config, fill, precision, parallel)
     optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
     schedule = build(config["scheduler"], total_steps=trainer.total_steps(loader.steps_per_epoch))
+    scaler = precision.grad_scaler(parallel.device)
     state = TrainState(
         model=model,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
-        scaler=precision.grad_scaler(parallel.device),
+        scaler=scaler,
+        guard=StepGuard(
+            optimizer, scaler, parallel, max_skipped=trainer.max_skipped_steps, spike_sigma=trainer.spike_sigma
+        ),
     )
     return Run(
         trainer=trainer,

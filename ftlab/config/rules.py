@@ -249,6 +249,8 @@ RULES: dict[str, Rule] = {
     "trainer.global_batch_size": OPTIONAL_COUNT,
     "trainer.max_grad_norm": Number(low=0, open_low=True, optional=True, example=1.0),
     "trainer.log_every_steps": COUNT,
+    "trainer.max_skipped_steps": Number(whole=True, low=0),
+    "trainer.spike_sigma": Number(low=0, open_low=True, optional=True, example=6.0),
     "checkpoint.every_steps": OPTIONAL_COUNT,
     "checkpoint.every_minutes": Number(low=0, open_low=True, optional=True, example=30),
     "checkpoint.keep_last": COUNT,

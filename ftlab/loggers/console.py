@@ -147,6 +147,8 @@ class ConsoleLogger:
             self._row("" if i else "exact match", f"{family:<{width}}  {value:>4.0%}")
         if "perf/tokens_per_s" in self._last:
             self._row("speed", f"{self._last['perf/tokens_per_s']:,.0f} tokens/s")
+        if "train/skipped_steps" in self._last:
+            self._row("left out", f"{self._last['train/skipped_steps']:.0f} steps with bad numbers")
         if "memory/peak_gib" in self._last:
             self._row("peak memory", f"{self._last['memory/peak_gib']:.2f} GiB")
         self._row("duration", _duration(time.monotonic() - self._started))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ftlab.distributed.base import Parallelism
-from ftlab.errors import CheckpointError, ConfigError, FtlabError
+from ftlab.errors import CheckpointError, ConfigError, FtlabError, NonFiniteError
 from ftlab.models.row_files import Rows, StoredRows, open_rows, take_rows, write_rows
 from ftlab.storage.checkpoints import Checkpoints
 from ftlab.storage.disk import DurableFile, write_file
@@ -201,10 +201,12 @@ class Checkpointer:
 
         Raises:
             SaveError: if it is the last, and failed.
+            NonFiniteError: weights or optimizer state hold a NaN or an infinity on some rank; nothing is written.
         """
         self.wait()
         step = self._state.progress.step
         if step != self._saved_step or self._error is not None:
+            self._refuse_non_finite(step)
             background = self.config.async_ and not last
             into = self._staging if background else None
             rows = take_rows(snapshot.tensors(self._state), into)
@@ -241,6 +243,16 @@ class Checkpointer:
         if self._writing is not None:
             self._writing.join()
             self._writing = None
+
+    def _refuse_non_finite(self, step: int) -> None:
+        """Every step's numbers were good, and still: an update may overflow, and memory may fail."""
+        everyone = self._parallel.gather(snapshot.non_finite(self._state))
+        if bad := sorted({name for names in everyone for name in names}):
+            more = f" and {len(bad) - 1} more tensors" if bad[1:] else ""
+            ranks = ", ".join(str(rank) for rank, names in enumerate(everyone) if names)
+            raise NonFiniteError(
+                f"step {step}: {bad[0]}{more} hold a NaN or an infinity (rank {ranks}): no checkpoint is made of that"
+            )
 
     def _facts(self) -> dict[str, Any]:
         state, identity = self._state, self._identity

@@ -21,7 +21,7 @@ from ftlab.training.checkpoint import Checkpointer
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.ledger import Ledger
 from ftlab.training.metrics import PhaseClock, peak_memory_gib
-from ftlab.training.state import FiniteGuard, TrainState
+from ftlab.training.state import TrainState
 from ftlab.training.wishes import N_WISHES, Agreed, Wishes
 
 Metrics = dict[str, float]
@@ -39,6 +39,8 @@ class TrainerConfig:
     global_batch_size: int | None
     max_grad_norm: float | None
     log_every_steps: int
+    max_skipped_steps: int
+    spike_sigma: float | None
 
     def accumulation_steps(self, dp_size: int) -> int:
         """Micro-batches per optimizer step, given or derived from ``global_batch_size``."""
@@ -110,11 +112,9 @@ class Run:
     checkpointer: Checkpointer | None = None
     ledger: Ledger | None = None
     clock: PhaseClock = field(default_factory=PhaseClock)
-    guard: FiniteGuard = field(init=False)
     wishes: Wishes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.guard = FiniteGuard(self.state.optimizer, self.state.scaler, self.parallel.device)
         self.wishes = Wishes(self.parallel.device)
 
     @property
@@ -181,7 +181,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
     # After the last backward only: earlier, gradients are partial and not yet exchanged.
     grad_norm = parallel.clip_grad_norm_(state.model, run.trainer.max_grad_norm)
     loss = parallel.sum(nll) / n_targets
-    run.guard.update(state.progress.step + 1, loss, grad_norm, [i for b in micro_batches for i in b.sample_ids])
+    state.guard.update(state.progress.step + 1, loss, grad_norm, [i for b in micro_batches for i in b.sample_ids])
     lr = state.optimizer.param_groups[0]["lr"]
     state.scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -205,7 +205,7 @@ def fit(run: Run) -> signal.Signals | None:
         The signal that stopped the run after a whole step, which is saved then; None when it trained to its end.
 
     Raises:
-        NonFiniteError: a loss or gradient was NaN or infinite; the weights are those before that step.
+        NonFiniteError: more steps were bad than may be left out; the weights are those before them.
         SaveError: the last checkpoint could not be written.
     """
     progress, total = run.state.progress, run.total_steps
@@ -305,10 +305,11 @@ class LogWindow:
         """Bring the run's counts up to the step just done.
 
         Raises:
-            NonFiniteError: if a step since the last time was bad.
+            NonFiniteError: if more steps were bad than may be left out.
         """
-        self._run.guard.check()
-        progress, counts = self._run.state.progress, self._counts.tolist()
+        state, counts = self._run.state, self._counts.tolist()
+        progress = state.progress
+        progress.skipped_steps += state.guard.check()
         target_tokens, tokens, samples = (now - then for now, then in zip(counts, self._settled, strict=True))
         progress.target_tokens += target_tokens
         progress.tokens += tokens
@@ -334,5 +335,7 @@ class LogWindow:
             "perf/data_wait_frac": seconds.get("data", 0.0) / busy,
             "memory/peak_gib": peak_memory_gib(run.parallel.device),
         }
+        if progress.skipped_steps:
+            line["train/skipped_steps"] = progress.skipped_steps
         self._counts, self._settled, self._flops = torch.zeros_like(self._counts), [0, 0, 0], 0.0
         return line

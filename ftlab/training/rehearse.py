@@ -194,15 +194,20 @@ def _run(
         global_batch_size=None,
         max_grad_norm=max_grad_norm,
         log_every_steps=1,
+        max_skipped_steps=0,
+        spike_sigma=None,
     )
+    scaler = precision.grad_scaler(_CPU)
+    guard: Any = _Updates(update, scaler, shards)
     no_loader: Any = None
-    run = Run(
+    return Run(
         trainer=trainer,
         state=TrainState(
             model=model,
             optimizer=update,
             scheduler=torch.optim.lr_scheduler.LambdaLR(update, lambda _: 1.0),
-            scaler=precision.grad_scaler(_CPU),
+            scaler=scaler,
+            guard=guard,
         ),
         loader=no_loader,
         loss=loss,
@@ -213,13 +218,10 @@ def _run(
         step_flops=lambda _: 0.0,
         peak_flops=1.0,
     )
-    guard: Any = _Updates(update, run.state.scaler, shards)
-    run.guard = guard
-    return run
 
 
 class _Updates:
-    """In place of ``FiniteGuard``: numbers that are not there cannot be looked at.
+    """In place of ``StepGuard``: numbers that are not there cannot be looked at.
 
     Of sharded parameters the optimizer gets this rank's rows as plain tensors, which is what its kernel works on.
     """

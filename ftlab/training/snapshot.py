@@ -16,6 +16,7 @@ from ftlab.models.weights import assign
 from ftlab.training.state import Progress, TrainState
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
+_CPU = torch.device("cpu")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -33,6 +34,22 @@ def tensors(state: TrainState) -> dict[str, Tensor]:
     return named
 
 
+def non_finite(state: TrainState) -> list[str]:
+    """Names of the tensors of which this rank's rows hold a NaN or an infinity. Waits for the device."""
+    local = {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in tensors(state).items()
+        if tensor.is_floating_point()
+    }
+    # A sum is not finite if a part of it is not: the one pass over memory that is needed. Finite parts may overflow it.
+    sums = torch.stack([tensor.sum(dtype=torch.float32).to(_CPU, non_blocking=True) for tensor in local.values()])
+    return [
+        name
+        for (name, tensor), fine in zip(local.items(), sums.isfinite().tolist(), strict=True)
+        if not fine and not bool(tensor.isfinite().all())
+    ]
+
+
 def facts(state: TrainState) -> dict[str, Any]:
     """All that is not a tensor, as JSON; floats survive it to the bit."""
     others = {}
@@ -43,6 +60,7 @@ def facts(state: TrainState) -> dict[str, Any]:
         "progress": asdict(state.progress),
         "scheduler": {"steps": state.scheduler.last_epoch, "lr": state.scheduler.get_last_lr()},
         "scaler": state.scaler.state_dict(),
+        "guard": state.guard.state_dict(),
         "optimizer": {"class": _class_name(state.optimizer), "values": others},
     }
 
@@ -75,6 +93,8 @@ def restore(state: TrainState, stored: Mapping[str, StoredRows], told: Mapping[s
     _seek(state.scheduler, told["scheduler"]["steps"])
     if told["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(dict(told["scaler"]))
+    if "guard" in told:
+        state.guard.load_state_dict(told["guard"])
 
 
 def restore_weights(model: nn.Module, stored: Mapping[str, StoredRows], source: object) -> None:

@@ -71,7 +71,7 @@ def peak_of_a_step(*overrides: str) -> float:
     steps = remaining_steps(run)
     for _ in range(2):  # the second has the optimizer's state as well
         train_step(run, next(steps))
-    run.guard.check()
+    run.state.guard.check()
     return torch.cuda.max_memory_allocated() / GIB
 
 

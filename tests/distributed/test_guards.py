@@ -46,7 +46,7 @@ def step_with_a_bad_gradient(worker: WorkerEnv, precision: str, kinds: list[str]
         trial = build_hand_run(
             ROWS, parallel=parallel, precision=precision, batch_size=4, max_steps=3, log_every_steps=100
         )
-        model, guard = trial.run.state.model, trial.run.guard
+        model, guard = trial.run.state.model, trial.run.state.guard
         calls, seen = iter(range(100)), []
 
         def spoil(gradient: torch.Tensor, calls: Any = calls, parallel: Any = parallel) -> torch.Tensor:

@@ -21,6 +21,7 @@ from ftlab.models.auto import AnyModelConfig
 from ftlab.models.config import ModelConfig
 from ftlab.optim.groups import decay_groups
 from ftlab.optim.schedules import Constant
+from ftlab.training.guard import StepGuard
 from ftlab.training.loop import Run, TrainerConfig
 from ftlab.training.state import TrainState
 
@@ -101,7 +102,14 @@ def build_hand_run(
     **trainer: int | float | None,
 ) -> HandRun:
     """A run of a small model on ``rows``, here or as one rank of ``parallel``; ``fit(result.run)`` trains it."""
-    defaults = {"epochs": None, "max_steps": None, "max_steps_per_epoch": None, "max_grad_norm": 1.0}
+    defaults = {
+        "max_skipped_steps": 0,
+        "spike_sigma": None,
+        "epochs": None,
+        "max_steps": None,
+        "max_steps_per_epoch": None,
+        "max_grad_norm": 1.0,
+    }
     settings = TrainerConfig(
         batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
@@ -125,6 +133,8 @@ def build_hand_run(
     update = optimizer(decay_groups(model), lr=lr, weight_decay=0.0, fused=fused)
     total = settings.total_steps(loader.steps_per_epoch)
     schedule = Constant(total_steps=total, warmup_steps=0, warmup_ratio=None)
+    scaler = numbers.grad_scaler(parallel.device)
+    skipping = {"max_skipped": settings.max_skipped_steps, "spike_sigma": settings.spike_sigma}
     lines: list[dict[str, float]] = []
     run = Run(
         trainer=settings,
@@ -132,7 +142,8 @@ def build_hand_run(
             model=model,
             optimizer=update,
             scheduler=torch.optim.lr_scheduler.LambdaLR(update, schedule),
-            scaler=numbers.grad_scaler(parallel.device),
+            scaler=scaler,
+            guard=StepGuard(update, scaler, parallel, **skipping),
         ),
         loader=loader,
         loss=CrossEntropy(label_smoothing=0.0, z_loss=0.0),

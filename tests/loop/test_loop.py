@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftlab.errors import ConfigError, NonFiniteError
+from ftlab.training.guard import StepGuard
 from ftlab.training.loop import TrainerConfig, fit
-from ftlab.training.state import FiniteGuard
 from tests.loop.conftest import Rows
 
 LENGTHS = {
@@ -18,6 +18,8 @@ LENGTHS = {
     "max_steps_per_epoch": None,
     "max_grad_norm": None,
     "log_every_steps": 1,
+    "max_skipped_steps": 0,
+    "spike_sigma": None,
 }
 
 
@@ -46,13 +48,13 @@ def test_the_number_of_optimizer_steps_is_what_was_asked_for(hand_run, given, st
 
 def samples_by_step(trial):
     seen = []
-    update = trial.run.guard.update
+    update = trial.run.state.guard.update
 
     def record(step, loss, grad_norm, sample_ids):
         seen.append(sample_ids)
         update(step, loss, grad_norm, sample_ids)
 
-    trial.run.guard.update = record
+    trial.run.state.guard.update = record
     fit(trial.run)
     return seen
 
@@ -118,19 +120,22 @@ def test_a_non_finite_gradient_stops_the_run_names_the_step_and_leaves_the_weigh
 
     weight.register_hook(poison)
     steps = []
-    update = trial.run.guard.update
-    trial.run.guard.update = lambda step, loss, norm, ids: (steps.append(ids), update(step, loss, norm, ids))
+    update = trial.run.state.guard.update
+    trial.run.state.guard.update = lambda step, loss, norm, ids: (steps.append(ids), update(step, loss, norm, ids))
     with pytest.raises(NonFiniteError, match=r"step 3: loss is .*; the weights are those of the step before") as error:
         fit(trial.run)
     assert ", ".join(map(str, steps[2])) in str(error.value)
     assert all(p.isfinite().all() for p in trial.run.state.model.parameters())
     torch.testing.assert_close(kept[3], kept[2], rtol=0, atol=0)  # step 3 changed nothing
+    torch.testing.assert_close(weight.detach(), kept[2], rtol=0, atol=0)  # nor did step 4, before the host knew
 
 
 def test_float16_overflow_is_skipped_and_lowers_the_loss_scale(hand_run):
     trial = hand_run(Rows(8), precision="fp16_mixed", max_steps=2)
     trial.run.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
-    trial.run.guard = FiniteGuard(trial.run.state.optimizer, trial.run.state.scaler, torch.device("cpu"))
+    trial.run.state.guard = StepGuard(
+        trial.run.state.optimizer, trial.run.state.scaler, trial.run.parallel, max_skipped=0, spike_sigma=None
+    )
     before = [p.clone() for p in trial.run.state.model.parameters()]
     fit(trial.run)
     assert trial.run.state.scaler.get_scale() == 2.0**118
