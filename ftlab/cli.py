@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,6 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--step", type=int, required=True, metavar="N", help="optimizer step, counted from 1")
     replay.add_argument("--show", type=int, default=3, metavar="N", help="samples to show whole (default 3)")
     replay.set_defaults(verb=_replay)
+
+    report = verbs.add_parser("report", help="one HTML page and summary.csv on a set of runs")
+    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs, or folders of runs: a sweep's")
+    report.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the folder they share")
+    report.add_argument("--title", help="of the page; default: the first folder's name")
+    report.add_argument("--metric", help="by which to judge runs, e.g. val/exact_match; default: evaluation.metric")
+    report.add_argument(
+        "--watch", type=float, nargs="?", const=10.0, metavar="S", help="again every S seconds (10) while runs go on"
+    )
+    report.set_defaults(verb=_report)
 
     generate = verbs.add_parser("generate", help="ask the model of a finished run")
     generate.add_argument("run", type=Path, help="run folder, e.g. outputs/latest")
@@ -193,6 +204,23 @@ def _replay(arguments: argparse.Namespace) -> int:
     verdict = "exactly the samples that the run noted" if batch.as_noted else "[bold red]NOT what the run noted"
     console.print(f"\n{verdict}")
     return 0 if batch.as_noted and batch.same_data else 1
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from ftlab.lab.report import watch, write_report
+    from ftlab.outputs.files import shortest
+
+    folders = [folder.expanduser().resolve() for folder in arguments.folders]
+    out = arguments.out or Path(os.path.commonpath(folders))
+    chosen = {"title": arguments.title, "metric": arguments.metric}
+
+    def say(page: Path, going_on: int) -> None:
+        print(f"{shortest(page)}: {going_on} running" if going_on else shortest(page), flush=True)
+
+    if arguments.watch is None:
+        say(write_report(folders, out, **chosen), 0)
+    else:
+        watch(folders, out, every_s=arguments.watch, on_written=say, **chosen)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

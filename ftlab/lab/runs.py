@@ -97,9 +97,11 @@ class RunRecord:
 
     @cached_property
     def status(self) -> str:
-        """``running``, ``completed``, ``failed`` or ``preempted``; ``lost``: it says running, but its process is gone;
-        ``unknown``: there is no ``run.json`` that can be read."""
+        """``running``, ``completed``, ``failed`` or ``preempted``; ``pruned``: a search gave it up; ``lost``: it says
+        running, but its process is gone; ``unknown``: there is no ``run.json`` that can be read."""
         status = str(self.record.get("status", "unknown"))
+        if status == "preempted" and (self.folder / "pruned.json").is_file():
+            return "pruned"
         return "lost" if status == "running" and self._writer_is_gone() else status
 
     @property
@@ -110,19 +112,22 @@ class RunRecord:
             return {str(key): str(value) for key, value in found.items()}
         return None if found is None else {"type": "", "message": str(found)}
 
+    def part(self, name: str) -> Row:
+        """An object inside ``run.json``, e.g. ``progress``; empty where there is none."""
+        found = self.record.get(name)
+        return found if isinstance(found, dict) else {}
+
     @property
     def step(self) -> int:
         """Optimizer steps done, as far as anything in the folder says."""
-        progress = self.record.get("progress")
-        done = progress.get("step") if isinstance(progress, dict) else None
+        done = self.part("progress").get("step")
         return done if isinstance(done, int) else max((row["step"] for row in self.metrics), default=0)
 
     @cached_property
     def final_metrics(self) -> dict[str, float | None]:
         """The newest value of every metric: the run's own summary, or its last lines where there is none yet."""
-        summary = self.record.get("metrics")
-        if not isinstance(summary, dict) or not summary:
-            summary = {}
+        summary = dict(self.part("metrics"))
+        if not summary:
             for row in self.metrics:
                 summary |= {key: value for key, value in row.items() if key not in ("step", "non_finite")}
         return {str(key): value for key, value in summary.items() if value is None or _is_number(value)}
@@ -180,7 +185,9 @@ def _below(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):  # not outputs/latest
+        if not entry.is_dir(follow_symlinks=False) or entry.name.startswith("."):  # not outputs/latest
+            continue
+        if not re.search(r"\.attempt_\d+$", entry.name):  # set aside, when the job was run again
             yield from _below(Path(entry.path))
 
 

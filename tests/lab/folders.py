@@ -27,6 +27,7 @@ def make_run(
     changes: Mapping[str, Any] | None = None,
     metrics: Iterable[Mapping[str, Any]] = (),
     samples: Iterable[Mapping[str, Any]] = (),
+    final: Mapping[str, Any] | None = None,
     **record: Any,
 ) -> Path:
     """Write a run's folder.
@@ -34,6 +35,7 @@ def make_run(
     Args:
         changes: dotted keys of the configuration and their values.
         metrics: the lines of ``metrics.jsonl``.
+        final: ``metrics`` of ``run.json``.
         record: fields of ``run.json`` beside the usual ones.
     """
     folder.mkdir(parents=True)
@@ -47,7 +49,7 @@ def make_run(
     config["paths"]["output_dir"] = str(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     written = {"id": folder.name, "status": "completed", "started": "2026-11-25T01:00:00+00:00", "error": None}
-    written |= {"name": config["run_name"], "seed": config["seed"], **record}
+    written |= {"name": config["run_name"], "seed": config["seed"], "metrics": final, **record}
     (folder / "run.json").write_text(json.dumps(written))
     for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
