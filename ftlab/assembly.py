@@ -279,6 +279,7 @@ def assemble_run(
     parallel = strategy.start(worker, precision)
     if global_batch_size is not None:
         trainer = trainer.with_global_batch_size(global_batch_size, parallel.dp_size)
+    trainer.require_one_micro_batch(parallel.dp_size)
     loader = BatchLoader(
         rows,
         batch_size=trainer.batch_size,

@@ -65,6 +65,7 @@ def forecast(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal:
         optimizer=build(config["optimizer"]),
         loss=build(config["loss"]),
         max_grad_norm=trainer.max_grad_norm,
+        optimizer_in_backward=trainer.optimizer_in_backward,
         shapes=Shapes(
             training=(trainer.batch_size, setting.longest),
             n_micro_batches=trainer.accumulation_steps(setting.n_ranks),

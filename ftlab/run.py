@@ -36,6 +36,7 @@ from ftlab.training.checkpoint import CheckpointConfig, open_checkpoint
 from ftlab.training.export import export_model
 from ftlab.training.ledger import Ledger
 from ftlab.training.loop import Run, fit
+from ftlab.training.observers import make_observers
 from ftlab.training.wishes import ending_on_signals, ignore_signals
 
 log = logging.getLogger(__name__)
@@ -202,6 +203,7 @@ def _train(
                 log.info("trainer.batch_size=%d now, so that the ranks share each step's rows", size)
     run.checkpointer.prepare()
     run.ledger = Ledger(folder.path / "ledger", worker.rank)
+    run.observers = make_observers(run, folder.path)
     _describe(folder, experiment, worker)
     recorder.start(experiment.info(folder, logged_until))
     stopped = _fit(experiment, recorder, team)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ftlab.config.rules import override
+from ftlab.config.rules import as_typed, override
 from ftlab.errors import ConfigError
 
 Values = Mapping[str, Any]
@@ -13,7 +13,7 @@ Values = Mapping[str, Any]
 
 def contradictions(values: Values) -> Iterator[ConfigError]:
     """Check ``values`` (dotted key to value). Keys that are missing, or broken already, take part in no rule."""
-    for rule in (_length, _portions, _warmup, _sequence, _packing, _heads, _mesh):
+    for rule in (_length, _portions, _warmup, _sequence, _packing, _heads, _mesh, _in_backward, _moments, _profile):
         yield from rule(values)
 
 
@@ -105,3 +105,42 @@ def _mesh(values: Values) -> Iterator[ConfigError]:
             f"nproc_per_node × nnodes = {values[processes]} × {values[nodes]} = {ranks} ranks"
         )
         yield ConfigError(replicate, problem, override(replicate, None))
+
+
+def _in_backward(values: Values) -> Iterator[ConfigError]:
+    """What needs the gradients of a step together cannot be had when each is used and freed as it comes."""
+    key = "trainer.optimizer_in_backward"
+    if not values.get(key):
+        return
+    needed = {
+        "trainer.max_grad_norm": ("clips by the norm of all gradients, which is known after the backward", None),
+        "trainer.gradient_accumulation_steps": ("adds gradients up over micro-batches", 1),
+        "trainer.max_skipped_steps": ("leaves steps out whose gradients are bad, known after the backward", 0),
+        "trainer.spike_sigma": ("leaves steps out after looking at their loss", None),
+        "precision.loss_scaling": ("looks at all gradients before the update", False),
+        "parallelism.cpu_offload": ("keeps gradients on the host, where they take nothing from the GPU", False),
+    }
+    for other, (does, harmless) in needed.items():
+        if other in values and values[other] not in (None, harmless):
+            fix = "precision=bf16_mixed" if other == "precision.loss_scaling" else override(other, harmless)
+            yield ConfigError(key, f"true, but {other}={as_typed(values[other])} {does}", fix)
+    if values.get("parallelism._target_") == "ftlab.distributed.ddp.DDP":
+        yield ConfigError(key, "true, but parallelism=ddp exchanges gradients after they are made", "parallelism=fsdp")
+
+
+def _moments(values: Values) -> Iterator[ConfigError]:
+    key = "optimizer.moment_bits"
+    if values.get(key) not in (None, 8, 16):
+        yield ConfigError(key, f"must be 8 or 16, got {values[key]}", override(key, 8))
+
+
+def _profile(values: Values) -> Iterator[ConfigError]:
+    key = "trainer.profile_steps"
+    if not _are_set(values, key) or len(values[key]) != 2:
+        return
+    first, last = values[key]
+    if first > last:
+        yield ConfigError(key, f"{first} comes after {last}", override(key, [last, first]))
+    elif _are_set(values, "trainer.max_steps") and last > values["trainer.max_steps"]:
+        n = values["trainer.max_steps"]
+        yield ConfigError(key, f"the run ends with step {n}", override(key, [min(first, n), n]))

@@ -251,6 +251,8 @@ RULES: dict[str, Rule] = {
     "trainer.log_every_steps": COUNT,
     "trainer.max_skipped_steps": Number(whole=True, low=0),
     "trainer.spike_sigma": Number(low=0, open_low=True, optional=True, example=6.0),
+    "trainer.profile_steps": ListOf(COUNT, length=2, optional=True, example=[4, 6]),
+    "optimizer.moment_bits": Number(whole=True, low=8, at_most=16),
     "checkpoint.every_steps": OPTIONAL_COUNT,
     "checkpoint.every_minutes": Number(low=0, open_low=True, optional=True, example=30),
     "checkpoint.keep_last": COUNT,

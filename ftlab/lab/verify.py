@@ -100,7 +100,8 @@ def _trials(kept: list[str], asked: list[str], given: Config, n_ranks: int) -> I
             f"{rows} is not a multiple of trainer.batch_size × data-parallel ranks = {batch_size} × {n_ranks}",
             fix=f"trainer.global_batch_size={max(1, round(rows / batch_size / n_ranks)) * batch_size * n_ranks}",
         )
-    same_rows = {"global_batch_size": rows, "gradient_accumulation_steps": None}
+    # In the backward gradients would be gone before they are compared; what they are does not depend on it.
+    same_rows = {"global_batch_size": rows, "gradient_accumulation_steps": None, "optimizer_in_backward": False}
 
     def trial(*choice: str, batch_size: int = batch_size) -> Config:
         config = compose_config([*kept, *choice])

@@ -29,6 +29,9 @@ class StepGuard:
 
     A fused optimizer takes the verdict as ``found_inf``, the flag that torch's loss scaler uses.
 
+    Attributes:
+        between_steps: whether the weights are always those after a whole step.
+
     Args:
         max_skipped: bad steps in a row that are left out.
         spike_sigma: a loss so many standard deviations above the mean of the last ``WINDOW`` steps is a spike; null:
@@ -47,7 +50,8 @@ class StepGuard:
     ):
         self._optimizer, self._scaler, self._parallel = optimizer, scaler, parallel
         self._max_skipped, self._spike_sigma = max_skipped, spike_sigma
-        self._can_decide = False
+        self.between_steps = True
+        self._has_stepped = False
         self._in_a_row = torch.zeros((), dtype=torch.float64, device=parallel.device)
         # (WINDOW,): losses of the last steps; NaN where there were none yet.
         self._losses = torch.full((WINDOW,), math.nan, dtype=torch.float64, device=parallel.device)
@@ -55,6 +59,17 @@ class StepGuard:
 
     def update(self, step: int, loss: Tensor, grad_norm: Tensor, sample_ids: list[int]) -> None:
         """Take the optimizer step if its numbers are good; ``step`` counts from 1."""
+        self.step_if(self.judge(step, loss, grad_norm, sample_ids), on_host=not self._has_stepped)
+        if self._scaler.is_enabled():
+            self._scaler.update()
+
+    @property
+    def given_up(self) -> Tensor:
+        """Whether too many steps were bad, () on the device: nothing may change the weights any more."""
+        return self._in_a_row > self._max_skipped
+
+    def judge(self, step: int, loss: Tensor, grad_norm: Tensor, sample_ids: list[int]) -> Tensor:
+        """Whether the weights may be changed by this step, () on the device; it is remembered for `check`."""
         numbers = torch.stack([loss, grad_norm]).double()
         finite = numbers.isfinite()
         good = finite.all()
@@ -64,12 +79,10 @@ class StepGuard:
         if self._scaler.is_enabled():
             # Scaled gradients that overflow are part of loss scaling: the scaler lowers its scale, and none is bad.
             bad = bad & ~(finite[0] & ~finite[1])
-        given_up = self._in_a_row > self._max_skipped
+        given_up = self.given_up
         self._in_a_row = torch.where(given_up | bad, self._in_a_row + 1, self._in_a_row * ~good)
         self._unseen.append((step, sample_ids, torch.cat([bad[None], self._in_a_row[None], numbers])))
-        self._step_if(good & ~given_up)
-        if self._scaler.is_enabled():
-            self._scaler.update()
+        return good & ~given_up
 
     def check(self) -> int:
         """The number of steps left out since the last check, each told in the log. Waits for the device.
@@ -88,7 +101,7 @@ class StepGuard:
             everyone = self._parallel.gather(sample_ids)
             what = _Bad(step, loss, grad_norm, [i for ids in everyone for i in ids])
             if in_a_row > self._max_skipped:
-                raise NonFiniteError(what.told(self._max_skipped))
+                raise NonFiniteError(what.told(self._max_skipped, between_steps=self.between_steps))
             level = logging.WARNING if self._parallel.rank == 0 else logging.INFO  # one rank talks, all write it down
             log.log(level, "step %d is left out: %s; samples (rows of the source): %s", step, what.numbers, what.rows)
             n_skipped += 1
@@ -123,8 +136,14 @@ class StepGuard:
         self._losses = torch.where(loss.isfinite(), remembered, self._losses)
         return is_spike
 
-    def _step_if(self, good: Tensor) -> None:
-        if self._can_decide:
+    def step_if(self, good: Tensor, *, on_host: bool) -> None:
+        """Let the optimizer update all that has gradients, if ``good``.
+
+        Args:
+            on_host: wait for the device. Not every kernel can decide there. Of those that can, SGD's would in the
+                very first step of a weight leave a momentum behind that nobody has written to.
+        """
+        if self._optimizer.defaults.get("fused") and not on_host:
             self._optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]
             self._optimizer.step()
@@ -132,9 +151,7 @@ class StepGuard:
             self._optimizer._opt_called = True  # type: ignore[attr-defined] # else torch warns: its schedule is ahead
         else:
             self._optimizer.step()
-            # Not every kernel can decide there. Of those that can, SGD's would in its very first step leave a
-            # momentum behind that nobody has written to, so the first one taken is decided here.
-            self._can_decide = bool(self._optimizer.defaults.get("fused"))
+            self._has_stepped = True
 
 
 @dataclass(frozen=True)
@@ -156,12 +173,13 @@ class _Bad:
         more = f" and {len(self.samples) - _SHOWN} more" if len(self.samples) > _SHOWN else ""
         return ", ".join(map(str, self.samples[:_SHOWN])) + more
 
-    def told(self, max_skipped: int) -> str:
+    def told(self, max_skipped: int, *, between_steps: bool) -> str:
         """Why the run ends here."""
         before = f"before the last {max_skipped} steps, left out as well" if max_skipped else "of the step before"
+        weights = f"the weights are those {before}" if between_steps else "a part of the weights is updated already"
         return (
-            f"step {self.step}: {self.numbers}; the weights are those {before}.\n"
+            f"step {self.step}: {self.numbers}; {weights}.\n"
             f"  samples of this step (rows of the source): {self.rows}\n"
             "  try: a lower optimizer.lr, trainer.max_grad_norm=1.0, or precision=fp32 to rule precision out"
-            + ("" if max_skipped else "; trainer.max_skipped_steps=5 goes on without such steps")
+            + ("" if max_skipped or not between_steps else "; trainer.max_skipped_steps=5 goes on without such steps")
         )

@@ -21,7 +21,9 @@ from ftlab.training.checkpoint import Checkpointer
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.ledger import Ledger
 from ftlab.training.metrics import PhaseClock, peak_memory_gib
+from ftlab.training.observers import Observer
 from ftlab.training.state import TrainState
+from ftlab.training.update import Update, make_update
 from ftlab.training.wishes import N_WISHES, Agreed, Wishes
 
 Metrics = dict[str, float]
@@ -38,6 +40,9 @@ class TrainerConfig:
     gradient_accumulation_steps: int | None
     global_batch_size: int | None
     max_grad_norm: float | None
+    optimizer_in_backward: bool
+    measure_lost_updates: bool
+    profile_steps: list[int] | None
     log_every_steps: int
     max_skipped_steps: int
     spike_sigma: float | None
@@ -57,6 +62,20 @@ class TrainerConfig:
                 fix=f"trainer.global_batch_size={nearest}",
             )
         return self.global_batch_size // per_micro_step
+
+    def require_one_micro_batch(self, dp_size: int) -> None:
+        """Refuse gradient accumulation where there is nothing to accumulate in.
+
+        Raises:
+            ConfigError: with ``optimizer_in_backward`` and several micro-batches a step.
+        """
+        if self.optimizer_in_backward and (n := self.accumulation_steps(dp_size)) > 1:
+            raise ConfigError(
+                "trainer.optimizer_in_backward",
+                f"true, but a step of {n * self.batch_size * dp_size} samples is {n} micro-batches, whose gradients "
+                "add up",
+                f"trainer.batch_size={n * self.batch_size}, or more ranks, or trainer.optimizer_in_backward=false",
+            )
 
     def with_global_batch_size(self, n: int, dp_size: int) -> TrainerConfig:
         """The same with ``n`` samples per optimizer step, in micro-batches that are no larger, on any number of ranks.
@@ -94,6 +113,7 @@ class Run:
         evaluator: measures validation metrics; None without validation rows.
         checkpointer: saves; None where nothing is kept.
         ledger: notes which samples were seen; None where nobody asks.
+        observers: look at steps; what they measure is logged with them.
         log: takes the metrics of a step, and the step.
         step_flops: FLOPs of a forward and backward over sequences of the given real lengths.
         peak_flops: what the device could do per second.
@@ -111,16 +131,23 @@ class Run:
     peak_flops: float
     checkpointer: Checkpointer | None = None
     ledger: Ledger | None = None
+    observers: list[Observer] = field(default_factory=list)
     clock: PhaseClock = field(default_factory=PhaseClock)
+    update: Update = field(init=False)
     wishes: Wishes = field(init=False)
 
     def __post_init__(self) -> None:
+        self.update = make_update(self)
         self.wishes = Wishes(self.parallel.device)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.trainer.total_steps(self.loader.steps_per_epoch)
+
+    def logs(self, step: int) -> bool:
+        """Whether ``step``, counted from 1, is one of those that are logged."""
+        return step % self.trainer.log_every_steps == 0 or step in (1, self.total_steps)
 
     @property
     def ends_epoch(self) -> bool:
@@ -174,17 +201,13 @@ def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
             )  # the head's weight is touched only in here
         run.clock.enter("backward")
         # Data parallelism averages gradients over ranks; times dp_size makes it the sum that is divided once, globally.
-        state.scaler.scale(nll_sum * (parallel.dp_size / n_targets)).backward()
+        run.update.backward(nll_sum * (parallel.dp_size / n_targets))
         nll = nll + nll_sum.detach()
     run.clock.enter("optimizer")
-    state.scaler.unscale_(state.optimizer)
-    # After the last backward only: earlier, gradients are partial and not yet exchanged.
-    grad_norm = parallel.clip_grad_norm_(state.model, run.trainer.max_grad_norm)
     loss = parallel.sum(nll) / n_targets
-    state.guard.update(state.progress.step + 1, loss, grad_norm, [i for b in micro_batches for i in b.sample_ids])
+    grad_norm = run.update.apply(loss, [i for batch in micro_batches for i in batch.sample_ids])
     lr = state.optimizer.param_groups[0]["lr"]
     state.scheduler.step()
-    state.optimizer.zero_grad(set_to_none=True)
     return StepMetrics(loss, grad_norm, lr, counts, wishes)
 
 
@@ -208,7 +231,7 @@ def fit(run: Run) -> signal.Signals | None:
         NonFiniteError: more steps were bad than may be left out; the weights are those before them.
         SaveError: the last checkpoint could not be written.
     """
-    progress, total = run.state.progress, run.total_steps
+    progress = run.state.progress
     window = LogWindow(run)
     with run.wishes.listening():
         evaluate_if_due(run)
@@ -216,13 +239,17 @@ def fit(run: Run) -> signal.Signals | None:
         run.clock.enter("data")
         run.clock.take()
         for micro_batches in () if asked.stop is not None or run.out_of_patience else remaining_steps(run):
+            for observer in run.observers:
+                observer.before(progress.step + 1, logged=run.logs(progress.step + 1))
             metrics = train_step(run, micro_batches)
             progress.step += 1
             progress.epoch_step += 1
+            for observer in run.observers:
+                observer.after(progress.step)
             window.add(micro_batches, metrics)
             if run.ledger is not None:
                 run.ledger.note(progress.step, progress.epoch, micro_batches)
-            if progress.step % run.trainer.log_every_steps == 0 or progress.step in (1, total):
+            if run.logs(progress.step):
                 run.log(window.close(metrics), progress.step)
             asked = run.wishes.agreed(metrics.wishes)
             validation = evaluate_if_due(run) if asked.stop is None else {}
@@ -337,5 +364,7 @@ class LogWindow:
         }
         if progress.skipped_steps:
             line["train/skipped_steps"] = progress.skipped_steps
+        for observer in run.observers:
+            line |= observer.measured(run.parallel)
         self._counts, self._settled, self._flops = torch.zeros_like(self._counts), [0, 0, 0], 0.0
         return line

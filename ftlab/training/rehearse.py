@@ -34,6 +34,7 @@ from ftlab.optim.groups import decay_groups
 from ftlab.training.generate import _last_logits
 from ftlab.training.loop import Run, TrainerConfig, train_step
 from ftlab.training.state import TrainState
+from ftlab.training.update import only
 
 # Beside tensors: code of kernels that is paged in, their packing buffers, threads' stacks. Measured: 10 to 40 MiB.
 PROCESS_BYTES = 32 * 2**20
@@ -86,6 +87,7 @@ def rehearse(
     optimizer: Callable[..., torch.optim.Optimizer],
     loss: Loss,
     max_grad_norm: float | None,
+    optimizer_in_backward: bool,
     shapes: Shapes,
     on_cuda: bool,
 ) -> Rehearsal:
@@ -114,9 +116,9 @@ def rehearse(
         live.hold([*model.parameters(), *model.buffers()])
         if model_config.checkpoint is not None:
             torch.empty_like(max((_local(p) for p in model.parameters()), key=Tensor.numel))  # one tensor's bytes
-        run = _run(model, precision, parallel, optimizer, loss, max_grad_norm)
+        run = _run(model, precision, parallel, optimizer, loss, max_grad_norm, optimizer_in_backward)
         run.clock.on_enter = live.enter
-        gradients = _GradientBytes(model)
+        gradients = _GradientBytes(model, kept=not optimizer_in_backward)
         first_phase_of = {"load": 0}
         for step in ("first step", "later steps"):
             first_phase_of[step] = len(live.phases)
@@ -175,6 +177,7 @@ def _run(
     optimizer: Callable[..., torch.optim.Optimizer],
     loss: Loss,
     max_grad_norm: float | None,
+    optimizer_in_backward: bool,
 ) -> Run:
     """What `train_step` needs."""
     shards: dict[Tensor, Tensor] = {
@@ -193,6 +196,9 @@ def _run(
         gradient_accumulation_steps=1,
         global_batch_size=None,
         max_grad_norm=max_grad_norm,
+        measure_lost_updates=False,
+        profile_steps=None,
+        optimizer_in_backward=False,  # what stands in for it is made below
         log_every_steps=1,
         max_skipped_steps=0,
         spike_sigma=None,
@@ -200,7 +206,7 @@ def _run(
     scaler = precision.grad_scaler(_CPU)
     guard: Any = _Updates(update, scaler, shards)
     no_loader: Any = None
-    return Run(
+    run = Run(
         trainer=trainer,
         state=TrainState(
             model=model,
@@ -218,6 +224,9 @@ def _run(
         step_flops=lambda _: 0.0,
         peak_flops=1.0,
     )
+    if optimizer_in_backward:
+        run.update = _InBackward(update, shards)
+    return run
 
 
 class _Updates:
@@ -239,6 +248,31 @@ class _Updates:
             self._scaler.update(1.0)
 
 
+class _InBackward:
+    """In place of the loop's own, for the same two reasons."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, shards: Mapping[Tensor, Tensor]):
+        self._optimizer, self._shards = optimizer, shards
+        self._group_of = {shard: group for group in optimizer.param_groups for shard in group["params"]}
+        for whole in shards:
+            whole.register_post_accumulate_grad_hook(self._take)
+
+    def backward(self, objective: Tensor) -> None:
+        objective.backward()
+
+    def _take(self, whole: Tensor) -> None:
+        shard = self._shards[whole]
+        assert whole.grad is not None
+        gradient, whole.grad = _local(whole.grad), None
+        shard.grad = gradient
+        with only(self._optimizer, self._group_of[shard], shard):
+            self._optimizer.step()
+        shard.grad = None
+
+    def apply(self, loss: Tensor, sample_ids: list[int]) -> Tensor:  # noqa: ARG002 -- every update's signature
+        return loss
+
+
 class _Buckets(OneRank):
     """In place of ``Replicas``, whose buckets C++ makes from data: they are as large as the gradients, and stay."""
 
@@ -258,10 +292,10 @@ class _Buckets(OneRank):
 
 
 class _GradientBytes:
-    """Adds up the gradients of a model as they are first made."""
+    """Adds up the gradients of a model as they are first made; those that are not kept: the largest."""
 
-    def __init__(self, model: nn.Module):
-        self.total = 0
+    def __init__(self, model: nn.Module, *, kept: bool):
+        self.total, self._kept = 0, kept
         self._handles: dict[Tensor, Any] = {
             p: p.register_post_accumulate_grad_hook(self._count) for p in model.parameters()
         }
@@ -269,7 +303,8 @@ class _GradientBytes:
     def _count(self, parameter: Tensor) -> None:
         if (handle := self._handles.pop(parameter, None)) is not None:
             handle.remove()
-            self.total += _n_bytes(parameter)  # gradients have the shape, dtype and shards of their parameters
+            size = _n_bytes(parameter)  # gradients have the shape, dtype and shards of their parameters
+            self.total = self.total + size if self._kept else max(self.total, size)
 
 
 def _evaluate(run: Run, shapes: Shapes) -> None:

@@ -141,14 +141,26 @@ def _restore_optimizer(
 
 
 def _state_tensor(parameter: Tensor, rows: StoredRows) -> Tensor:
-    """One tensor of an optimizer's entry: divided like its parameter where it has its shape, else whole."""
-    if rows.shape == tuple(parameter.shape):
-        like = parameter.detach()
+    """One tensor of an optimizer's entry: divided like its parameter where it has as many rows, else whole."""
+    like = parameter.detach()
+    if rows.shape == tuple(like.shape):
         tensor = torch.empty_like(like, dtype=rows.dtype)
-        assert isinstance(tensor, DTensor) == isinstance(like, DTensor)
-        assign(tensor, rows)
-        return tensor
-    return rows.read(slice(None)).view(rows.shape).to(parameter.device)
+    elif isinstance(like, DTensor) and len(rows.shape) == like.ndim and rows.shape[0] == like.shape[0]:
+        local = like.to_local()
+        shape = torch.Size(rows.shape)
+        tensor = DTensor.from_local(
+            local.new_empty((len(local), *shape[1:]), dtype=rows.dtype),
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+    else:
+        return rows.read(slice(None)).view(rows.shape).to(like.device)
+    assert isinstance(tensor, DTensor) == isinstance(like, DTensor)
+    assign(tensor, rows)
+    return tensor
 
 
 def _compare(named: Mapping[str, Tensor], stored: Mapping[str, StoredRows], source: object) -> None:

@@ -38,7 +38,14 @@ def test_a_wrong_value_exits_2_before_torch_is_imported_with_assertions_stripped
 def test_help_shows_groups_options_and_shared_scalars_with_their_values(tmp_path: Path) -> None:
     done = run_script("--help", "seed=7", "optimizer=sgd", cwd=tmp_path)
     assert done.returncode == 0
-    for expected in ("adamw  [sgd]", "[console]  [jsonl]  [wandb]", "run_name=llama_tiny", "seed=7", "python -m ftlab"):
+    for expected in (
+        "adamw  ",
+        "[sgd]",
+        "[console]  [jsonl]  [wandb]",
+        "run_name=llama_tiny",
+        "seed=7",
+        "python -m ftlab",
+    ):
         assert expected in done.stdout
     assert "${" not in done.stdout
     assert os.listdir(tmp_path) == []

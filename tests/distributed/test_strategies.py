@@ -121,3 +121,25 @@ def test_mixed_precision_gathers_blocks_in_the_compute_dtype_and_learns_as_in_fl
             "residual stream": torch.float32,
             "shards": torch.float32,
         }
+
+
+def in_backward(worker: WorkerEnv) -> dict[str, bool]:
+    """Whether an optimizer in the backward ends with the bits of the plain loop, by optimizer."""
+    same = {}
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+        ends = []
+        for choice in (False, True):
+            settings = {"optimizer": optimizer, "lr": 0.01, "max_grad_norm": None, "optimizer_in_backward": choice}
+            env = in_group(worker, f"{optimizer.__name__}{choice}")
+            ends.append(train(env, strategy("fsdp"), Rows(16), batch_size=4, max_steps=4, **settings))
+        plain, within = ends
+        same[optimizer.__name__] = (
+            plain.losses == within.losses
+            and plain.grad_norms == within.grad_norms
+            and all(torch.equal(weight, within.weights[name]) for name, weight in plain.weights.items())
+        )
+    return same
+
+
+def test_an_optimizer_in_the_backward_of_shards_gives_the_bits_of_the_plain_loop() -> None:
+    assert run_ranks(2, in_backward) == [{"SGD": True, "AdamW": True}] * 2

@@ -109,6 +109,9 @@ def build_hand_run(
         "max_steps": None,
         "max_steps_per_epoch": None,
         "max_grad_norm": 1.0,
+        "optimizer_in_backward": False,
+        "measure_lost_updates": False,
+        "profile_steps": None,
     }
     settings = TrainerConfig(
         batch_size=batch_size,

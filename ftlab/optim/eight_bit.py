@@ -1,0 +1,60 @@
+"""Moments of an optimizer in 8 bits: a code for each value, a scale for each block (Dettmers et al. 2022).
+
+Blocks lie within rows, so that codes and scales are divided over ranks as the rows of their parameter are.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 256  # values that share a scale
+
+
+def n_blocks(n_columns: int) -> int:
+    """Scales of a row."""
+    return -(-n_columns // BLOCK)
+
+
+def encode(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Nearest codes and the scales for ``values``: (R, C) float32 -> (R, C) uint8, (R, n_blocks) float32."""
+    n_rows, n_columns = values.shape
+    padded = F.pad(values, (0, -n_columns % BLOCK)).view(n_rows, -1, BLOCK)
+    scales = padded.abs().amax(-1)
+    relative = padded / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    codes = torch.bucketize(relative, _borders(signed, values.device), out_int32=True).to(torch.uint8)
+    return codes.flatten(1)[:, :n_columns], scales
+
+
+def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+    """What `encode` kept of the values, (R, C) float32."""
+    n_rows, n_columns = codes.shape
+    relative = _levels(signed, codes.device)[codes.int()]
+    padded = F.pad(relative, (0, -n_columns % BLOCK)).view(n_rows, -1, BLOCK)
+    return (padded * scales[..., None]).flatten(1)[:, :n_columns]
+
+
+@cache
+def _levels(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values, in [-1, 1] or [0, 1], ascending: a dynamic exponent, the remaining bits a fraction.
+
+    Of every decade below 1 twice as many as of the one below it, down to 1e-7: relative precision where it counts
+    (arXiv:1511.04561, and arXiv:2110.02861 for optimizers).
+    """
+    levels = [0.0, 1.0]
+    for exponent in range(7):
+        n = 2**exponent if signed else 2 ** (exponent + 1)
+        edges = torch.linspace(0.1, 1, n + 1, dtype=torch.float64)
+        decade = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        levels += [*decade.tolist(), *((-decade).tolist() if signed else ())]
+    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
+
+
+@cache
+def _borders(signed: bool, device: torch.device) -> Tensor:
+    """Half way between neighbours."""
+    levels = _levels(signed, device)
+    return (levels[:-1] + levels[1:]) / 2
