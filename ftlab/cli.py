@@ -50,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory-gib", type=float, metavar="N", help="of one GPU, when planning for another machine")
     plan.set_defaults(verb=_plan)
 
+    torchtune = verbs.add_parser("from-torchtune", help="the command for a configuration of torchtune")
+    torchtune.add_argument("config", type=Path, metavar="CONFIG.yaml", help="of a full fine-tuning recipe of 0.6.1")
+    torchtune.add_argument("overrides", nargs="*", help="key=value, as for tune run")
+    torchtune.add_argument("--nproc-per-node", type=int, metavar="N", help="as for tune run; default: all GPUs")
+    torchtune.add_argument("--recipe", choices=("full_finetune_single_device", "full_finetune_distributed"))
+    torchtune.set_defaults(verb=_from_torchtune)
+
     verify = verbs.add_parser("verify-parallel", help="whether parallelism changes what a configuration computes")
     verify.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps to compare (default 5)")
     verify.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
@@ -104,6 +111,13 @@ def _explain(arguments: argparse.Namespace) -> None:
     from ftlab.config.explain import explain
 
     print(explain(arguments.key, arguments.overrides))
+
+
+def _from_torchtune(arguments: argparse.Namespace) -> None:
+    from ftlab.lab.from_torchtune import as_script, from_torchtune
+
+    given = {"recipe": arguments.recipe, "nproc_per_node": arguments.nproc_per_node}
+    print(as_script(from_torchtune(arguments.config, arguments.overrides, **given), arguments.config))
 
 
 def _throughput(text: str) -> float:
