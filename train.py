@@ -21,21 +21,21 @@ def main() -> int:
 
     from ftlab.config.check import check_command_line
     from ftlab.config.compose import PRIMARY, VERSION_BASE, hydra_errors, prepare
-
-    exit_codes: list[int] = []
-
-    def job(cfg: DictConfig) -> None:
-        exit_codes.append(run_job(cfg))
+    from ftlab.config.sweeps import with_resumed_sweep
 
     prepare()
     with hydra_errors():
+        sys.argv[1:] = with_resumed_sweep(sys.argv[1:])
         elsewhere = check_command_line(sys.argv[1:], leads=_leads)
         if elsewhere is not None:
             from ftlab.jobs import launch
 
             return launch(elsewhere, own_process=False)
-        hydra.main(version_base=VERSION_BASE, config_path="conf", config_name=PRIMARY)(job)()
-    return max(exit_codes, default=0)
+        try:
+            hydra.main(version_base=VERSION_BASE, config_path="conf", config_name=PRIMARY)(run_job)()
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
 
 
 def _leads(config: dict[str, Any]) -> bool:
@@ -44,26 +44,40 @@ def _leads(config: dict[str, Any]) -> bool:
     return group_of_this_process() is not None or leads(parallelism.get("nnodes", 1), parallelism.get("rdzv_endpoint"))
 
 
-def run_job(cfg: DictConfig) -> int:
-    """Run one composed configuration: the only one, or one job of a sweep, whose failure must not stop the rest."""
+def run_job(cfg: DictConfig, *, own_process: bool | None = None) -> int:
+    """Run one composed configuration: the only one, or one job of a sweep, whose failure must not stop the rest.
+
+    Args:
+        own_process: whether to start a process for it, so that nothing of one run is left for the next to trip over;
+            None: where it is one of a sweep, whose launcher may use a process for several.
+
+    Returns:
+        The exit code of a sweep's job; a single run's ends the process, because Hydra would forget it.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from ftlab.config.check import check_job
     from ftlab.jobs import launch
     from ftlab.outputs.secrets import mask_files
+    from ftlab.outputs.sweep import fail
 
     runtime = HydraConfig.get()
-    sweeps = runtime.mode == RunMode.MULTIRUN
-    mask_files(Path(runtime.runtime.output_dir) / (runtime.output_subdir or ""))
+    folder, sweeps = Path(runtime.runtime.output_dir), runtime.mode == RunMode.MULTIRUN
+    if own_process is None:
+        own_process = sweeps
+    mask_files(folder / (runtime.output_subdir or ""))
     if sweeps:
         mask_files(Path(runtime.sweep.dir))  # the sweep's own multirun.yaml
     try:
-        # A process of its own for each job of a sweep: nothing of one run is left for the next to trip over.
-        return launch(check_job(cfg), own_process=sweeps)
+        config = check_job(cfg)
     except FtlabError as error:
         print(error, file=sys.stderr)
-        return error.exit_code
+        fail(folder, error)
+        exit_code = error.exit_code
+    else:
+        exit_code = exit_code_of(lambda: launch(config, own_process=own_process))
+    return exit_code if sweeps else sys.exit(exit_code)
 
 
 def exit_code_of(run: Callable[[], int]) -> int:

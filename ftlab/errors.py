@@ -5,6 +5,7 @@ Every other exception is a bug in ftlab and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 
@@ -83,3 +84,44 @@ class NonFiniteError(FtlabError):
     """A loss or gradient is NaN or infinite; the message names the step and its samples."""
 
     exit_code = 3
+
+
+class OutOfMemoryError(FtlabError):
+    """The machine, the container or a limit had no memory left for the run."""
+
+
+class NotEnoughMemoryError(ConfigError):
+    """A run that would not fit, refused before anything of it was loaded."""
+
+
+class KilledError(FtlabError):
+    """The process ended without a word: a signal that cannot be caught, or an abort in native code."""
+
+
+# What native code says when an allocation fails; none of it is a MemoryError in Python.
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "CUDA out of memory")
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+
+
+def kind_of(error: BaseException) -> str:
+    """What went wrong, in one word to filter runs by.
+
+    Returns:
+        ``bad_input``, ``diverged``, ``out_of_memory``, ``disk``, ``killed``, ``interrupted``; ``error`` for all else.
+    """
+    failure = getattr(error, "failure", None)  # of another rank: its first words are what counts
+    name, message = (failure.kind, failure.message) if failure is not None else (type(error).__name__, str(error))
+    number = error.errno if isinstance(error, OSError) else None
+    if "OutOfMemory" in name or "MemoryError" in name or number == errno.ENOMEM:
+        return "out_of_memory"
+    if any(words in message for words in _NO_MEMORY):
+        return "out_of_memory"
+    if name == NonFiniteError.__name__:
+        return "diverged"
+    if name in ("KilledError", "Lost"):
+        return "killed"
+    if isinstance(error, KeyboardInterrupt) or (failure is not None and failure.interrupted):
+        return "interrupted"
+    if name == "SaveError" or number in OF_THE_DISK:
+        return "disk"
+    return "bad_input" if getattr(error, "exit_code", 1) == 2 else "error"

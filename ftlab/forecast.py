@@ -17,7 +17,7 @@ from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.distributed.base import Workers
 from ftlab.distributed.fsdp import HSDP
-from ftlab.errors import ConfigError
+from ftlab.errors import ConfigError, NotEnoughMemoryError
 from ftlab.models.config import ModelConfig
 from ftlab.training.metrics import GIB, peak_memory_gib
 from ftlab.training.rehearse import Rehearsal, Shapes, rehearse
@@ -103,7 +103,7 @@ def refuse_unfit(
     """Refuse a run that clearly needs more than there is, before anything is loaded.
 
     Raises:
-        ConfigError: with the GiB of every part, those available, and the smallest change that makes it fit.
+        NotEnoughMemoryError: with the GiB of every part, those available, and the smallest change that makes it fit.
     """
     needed = max(rehearsal.phases.values())
     if needed <= CLEAR_EXCESS * available:
@@ -117,7 +117,7 @@ def refuse_unfit(
     rest = (needed - sum(parts.values())) / GIB
     told += f", activations and buffers {rest:.1f}" if rest > 0 else ""
     change = smallest_change(rehearsal, config, model, setting, available)
-    raise ConfigError(
+    raise NotEnoughMemoryError(
         "memory",
         f"each rank needs {needed / GIB:.1f} GiB ({told}), but {device} has {available / GIB:.1f} available",
         " ".join(change.overrides) if change else "a smaller model or seq_len; nothing else makes it fit",

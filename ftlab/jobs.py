@@ -30,8 +30,10 @@ from ftlab.distributed.launch import (
     start_workers,
 )
 from ftlab.distributed.started import group_of_this_process, leads
-from ftlab.errors import ConfigError, FtlabError, Interrupted
+from ftlab.errors import ConfigError, Interrupted
 from ftlab.outputs.folder import RunFolder
+from ftlab.outputs.killed import Watch
+from ftlab.outputs.sweep import fail
 from ftlab.run import Config, train, train_in_team
 from ftlab.training.wishes import ending_on_signals
 
@@ -82,6 +84,7 @@ def _train_alone(config: Config) -> int:
 def _in_own_process(work: Callable[..., int], config: Config, *args: Any) -> int:
     # spawn, not fork: threads of this process (BLAS, W&B) do not survive a fork.
     process = multiprocessing.get_context("spawn").Process(target=_and_leave, args=(work, config, *args))
+    watch = Watch()
     process.start()
     try:
         with ending_on_signals():
@@ -93,10 +96,9 @@ def _in_own_process(work: Callable[..., int], config: Config, *args: Any) -> int
         raise
     assert process.exitcode is not None
     if process.exitcode < 0:  # killed: it could not say so itself
-        error = FtlabError(f"the job's process was killed by signal {-process.exitcode}")
+        error = watch.explain(-process.exitcode)
         print(error, file=sys.stderr)
-        if (folder := RunFolder.of_a_lost_process(config["paths"]["output_dir"])) is not None:
-            folder.finish("failed", error=error)
+        fail(Path(config["paths"]["output_dir"]), error)
         return 128 - process.exitcode
     return process.exitcode
 

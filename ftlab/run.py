@@ -6,7 +6,6 @@ configuration, builds the parts, hands them to the loop and keeps the run folder
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import signal
@@ -14,18 +13,19 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from ftlab.assembly import Config, Experiment, assemble
 from ftlab.config.build import build
 from ftlab.config.layers import leaves
+from ftlab.config.rules import override
 from ftlab.distributed.board import RankError
 from ftlab.distributed.env import WorkerEnv
 from ftlab.distributed.launch import (
     Team,
     meet_team,
 )
-from ftlab.errors import ConfigError, ConfigErrors, FtlabError, Interrupted
+from ftlab.errors import OF_THE_DISK, ConfigError, ConfigErrors, FtlabError, Interrupted, kind_of
+from ftlab.loggers.base import Logger
+from ftlab.loggers.pruning import Pruning
 from ftlab.loggers.recorder import Recorder
 from ftlab.outputs.files import shortest
 from ftlab.outputs.folder import RunFolder, Status
@@ -80,7 +80,7 @@ def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
 def _train_in(folder: RunFolder, config: Config, worker: WorkerEnv, team: Team | None) -> int:
     first = worker.rank == 0
     source = source_of(folder, config, worker, team)
-    recorder = Recorder(folder, [build(node) for node in config["logger"].values()] if first else [])
+    recorder = Recorder(folder, _loggers(config, folder) if first else [])
     with ending_on_signals() if team is None else nullcontext():
         try:
             if first and (source is None or not source.goes_on):
@@ -108,6 +108,13 @@ def _train_in(folder: RunFolder, config: Config, worker: WorkerEnv, team: Team |
         return 128 + stopped
 
 
+def _loggers(config: Config, folder: RunFolder) -> list[Logger]:
+    loggers: list[Logger] = [build(node) for node in config["logger"].values()]
+    if (trial := config["sweep"]["trial"]) is not None:
+        loggers.append(Pruning(folder.path.parent, trial, config["evaluation"]["metric"]))
+    return loggers
+
+
 def _verdict(error: BaseException) -> tuple[Status, int]:
     """How a run ended that ``error`` ended, and the exit code."""
     match error:
@@ -123,9 +130,6 @@ def _verdict(error: BaseException) -> tuple[Status, int]:
             return "failed", 1
 
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
-
-
 def _say(error: BaseException, *, aloud: bool) -> None:
     """Say what went wrong in the user's terms; only our own bugs show a traceback. Not aloud: to the rank's file."""
     level = logging.ERROR if aloud else logging.INFO
@@ -134,9 +138,9 @@ def _say(error: BaseException, *, aloud: bool) -> None:
             log.log(level, "interrupted")
         case FtlabError():
             log.log(level, "%s", error)
-        case OSError() if error.errno in _OF_THE_DISK:
+        case OSError() if error.errno in OF_THE_DISK:
             log.log(level, "%s", error)
-        case torch.OutOfMemoryError() | MemoryError():
+        case _ if kind_of(error) == "out_of_memory":
             log.log(level, "out of memory: %s\n  try: a smaller trainer.batch_size", error)
         case _:
             log.log(level, "this is a bug in ftlab, or the machine failed:", exc_info=error)
@@ -282,7 +286,7 @@ def _export(experiment: Experiment, recorder: Recorder) -> None:
 
 
 def _go_on(folder: RunFolder) -> str:
-    return f"python train.py resume={shortest(folder.path)}"
+    return f"python train.py {override('resume', str(shortest(folder.path)))}"
 
 
 def _prolonged(run: Run) -> str:

@@ -21,19 +21,24 @@ FLOORS = [
     {"run"},
     {"jobs"},
     {"lab"},
+    {"hydra_plugins"},
     {"cli", "train.py"},
     {"__main__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-KNOW_HYDRA = {"config", "run", "train.py"}
+KNOW_HYDRA = {"config", "run", "hydra_plugins", "train.py"}
 
 FILES = {"train.py": ROOT / "train.py"} | {
-    str(file.relative_to(ROOT)): file for file in sorted((ROOT / "ftlab").rglob("*.py")) if file.name != "__init__.py"
+    str(file.relative_to(ROOT)): file
+    for package in ("ftlab", "hydra_plugins")
+    for file in sorted((ROOT / package).rglob("*.py"))
+    if file.name != "__init__.py"
 }
 
 
 def room_of(name: str) -> str:
-    return name if name == "train.py" else name.removesuffix(".py").split("/")[1]
+    top, _, rest = name.partition("/")
+    return rest.removesuffix(".py").split("/")[0] if top == "ftlab" else top
 
 
 def imports(source: str) -> list[tuple[str, int]]:

@@ -22,14 +22,19 @@ from ftlab.config.compose import PRIMARY, Composition, compose, hydra_errors, hy
 from ftlab.config.contradictions import contradictions
 from ftlab.config.files import missing_inputs, output_problem, unwritable
 from ftlab.config.layers import leaves
-from ftlab.config.overrides import several_values
+from ftlab.config.overrides import several_values, text_of
 from ftlab.config.resolve import resolve
 from ftlab.config.resolvers import claim_folder
+from ftlab.config.resume import KEY as RESUME
 from ftlab.config.resume import resume_in, resumed_config
-from ftlab.config.rules import rule_for
+from ftlab.config.rules import override, rule_for
+from ftlab.config.sweeps import extremes
 from ftlab.config.targets import forbidden, misfits
 from ftlab.errors import ConfigError, ConfigErrors
+from ftlab.outputs.sweep import FILE as SWEEP_FILE
+from ftlab.outputs.sweep import set_aside
 from ftlab.storage.addresses import find_run
+from ftlab.storage.checkpoints import Checkpoints
 
 
 def compose_config(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -> dict[str, Any]:
@@ -108,12 +113,18 @@ def _check_resumed(overrides: Sequence[str], multirun: bool, search: dict[str, A
 def check_job(cfg: DictConfig) -> dict[str, Any]:
     """The plain configuration of the job that Hydra is running, in its folder.
 
-    Values are checked once more: a sweeper that picks them as it goes could not be asked before.
+    Values are checked once more: a sweeper that picks them as it goes could not be asked before. A job whose folder
+    holds an earlier attempt goes on from its newest checkpoint; an attempt that left none makes room.
     """
     config, problems = resolve(cfg)
     problems += _check_values(config, None)
     _raise(problems)
-    config["paths"]["output_dir"] = HydraConfig.get().runtime.output_dir
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if (folder / "run.json").exists():
+        if Checkpoints(folder / "checkpoints").complete():
+            return resumed_config([override(RESUME, str(folder))], {})[0]
+        set_aside(folder)
+    config["paths"]["output_dir"] = str(folder)
     return config
 
 
@@ -182,7 +193,10 @@ def _output_folder(cfg: DictConfig, key: str, problems: list[ConfigError]) -> st
 def _check_jobs(master: Composition, overrides: Sequence[str], search: dict[str, Any]) -> None:
     """Check every job of a sweep; a problem that several jobs have is told once, for the first."""
     problems = list(master.problems)
-    _output_folder(master.cfg, "sweep.dir", problems)
+    folder = _output_folder(master.cfg, "sweep.dir", problems)
+    if (Path(folder) / SWEEP_FILE).is_file() and master.cfg.sweep.resume is None:
+        fix = f"{override('sweep.resume', folder)}, to go on with it"
+        problems.append(ConfigError("paths.output_dir", f"{folder} already holds a sweep", fix))
     told = {(problem.key, problem.problem) for problem in problems}
     configs: list[dict[str, Any]] = []
     for number, job in enumerate(_jobs(master, overrides)):
@@ -199,18 +213,20 @@ def _check_jobs(master: Composition, overrides: Sequence[str], search: dict[str,
 
 
 def _jobs(master: Composition, overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each job; of a sweeper that chooses as it goes, one job without the swept keys."""
+    """The overrides of each job; where a search chooses the values as it goes, those at the ends of its ranges."""
     sweeper = master.cfg.hydra.sweeper
     typed = [text for text in overrides if not text.lstrip("+~").startswith("hydra.")]
     own = [text for text in overrides if text not in typed]
-    swept = {text for override in master.given.sweeps if (text := override.input_line)}
-    if sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}":
-        return [[text for text in overrides if text not in swept]]
-    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     with hydra_errors(master.problems):
         parsed = OverridesParser.create().parse_overrides([*params, *typed])
-        [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [[*own, *job] for job in jobs]
+        if "n_trials" not in sweeper:
+            [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+            return [[*own, *job] for job in jobs]
+        swept = {one.get_key_element(): extremes(one) for one in parsed if one.is_sweep_override()}
+    fixed = [text_of(one) for one in parsed if one.get_key_element() not in swept]
+    n_jobs = max(map(len, swept.values()), default=1)
+    return [[*own, *fixed, *(ends[i % len(ends)] for ends in swept.values())] for i in range(n_jobs)]
 
 
 def _raise(problems: Sequence[ConfigError] | Iterator[ConfigError] | Any) -> None:

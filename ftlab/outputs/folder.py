@@ -17,7 +17,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal, TextIO
 
-from ftlab.errors import FtlabError
+from ftlab.errors import FtlabError, kind_of
 from ftlab.outputs.environment import code_state, machine, now, versions
 from ftlab.outputs.files import to_json, to_yaml
 from ftlab.outputs.secrets import mask_secrets
@@ -38,6 +38,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def _told(error: BaseException) -> dict[str, str]:
+    return {"type": type(error).__name__, "kind": kind_of(error), "message": str(error)}
+
+
 class FolderInUseError(FtlabError):
     """Another process writes this run's folder."""
 
@@ -49,6 +53,36 @@ class FolderInUseError(FtlabError):
 
     def __str__(self) -> str:
         return f"{self.folder} is in use by {self.holder or 'another process'}: a run is written by one job at a time"
+
+
+def hold(folder: Path) -> TextIO:
+    """Take the folder's lock, which is let go of when the file is closed or this process ends, however that happens.
+
+    Raises:
+        FolderInUseError: another process has it.
+    """
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise FolderInUseError(folder, file.read().strip()) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process of this machine has the folder's lock."""
+    try:
+        with (folder / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # never begun
+    return False
 
 
 class RunFolder:
@@ -96,15 +130,7 @@ class RunFolder:
         Raises:
             FolderInUseError: when another one does.
         """
-        self._lock = (self.path / ".lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-        except BlockingIOError:
-            self._lock.seek(0)
-            raise FolderInUseError(self.path, self._lock.read().strip()) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        self._lock.flush()
+        self._lock = hold(self.path)
 
     def unlock(self) -> None:
         """Let others write it."""
@@ -205,7 +231,7 @@ class RunFolder:
             status=status,
             ended=ended.isoformat(timespec="seconds"),
             duration_s=self._before_s + (ended - self._session).total_seconds(),
-            error=None if error is None else {"type": type(error).__name__, "message": str(error)},
+            error=None if error is None else _told(error),
             **fields,
         )
 

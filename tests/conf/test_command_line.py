@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.plugins import Plugins
 
 from ftlab.config import check, resolvers
 from ftlab.errors import FtlabError
+from hydra_plugins.ftlab_sweeps import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +66,8 @@ class Script:
         self.jobs.append(config)
         self.own_process.append(own_process)
         outcome = self.outcomes.pop(0) if self.outcomes else 0
+        status = "completed" if outcome == 0 else "failed"
+        (Path(config["paths"]["output_dir"]) / "run.json").write_text(f'{{"status": "{status}"}}')
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -80,6 +84,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     found = Script(monkeypatch)
     handlers = list(logging.root.handlers)
     monkeypatch.setattr("ftlab.jobs.launch", found.launch)
+    Plugins.instance()  # Hydra runs the modules of its plugins anew when it first looks for them
+    monkeypatch.setattr(launcher._Pool, "run", lambda pool, jobs: [launcher._run(pool._task, job) for job in jobs])
     monkeypatch.setattr(resolvers, "_fresh", {})
     monkeypatch.chdir(tmp_path)
     yield found

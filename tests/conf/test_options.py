@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -92,8 +93,17 @@ def is_read(target: type, name: str) -> bool:
 
 
 def read_by_name(key: str) -> bool:
-    """Whether the composition root reads ``key`` of the configuration, as ``config["seed"]``."""
-    return key.rpartition(".")[2] in subscripts_read()
+    """Whether the composition root reads ``key`` of the configuration, as ``config["seed"]``, or who starts it does."""
+    return key.rpartition(".")[2] in subscripts_read() or key in read_before_a_run()
+
+
+@cache
+def read_before_a_run() -> frozenset[str]:
+    """Keys that Hydra's own settings follow, or that say which sweep a command line means."""
+    settings = "".join(file.read_text(encoding="utf-8") for file in (CONF / "hydra").rglob("*.yaml"))
+    tree = ast.parse((PACKAGE / "config" / "sweeps.py").read_text(encoding="utf-8"))
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return frozenset(re.findall(r"\$\{([\w.]+)\}", settings)) | frozenset(named)
 
 
 @cache

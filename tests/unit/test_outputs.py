@@ -119,7 +119,11 @@ def test_run_json_tells_the_whole_story_of_a_failed_run(tmp_path, run_json):
     folder.finish("failed", error=ValueError("cannot read https://me:pw@host"))
     record = run_json()
     assert record["status"] == "failed"
-    assert record["error"] == {"type": "ValueError", "message": "cannot read https://***@host"}
+    assert record["error"] == {
+        "type": "ValueError",
+        "kind": "error",
+        "message": "cannot read https://***@host",
+    }
     assert (record["seed"], record["steps"], record["metrics"]) == (0, 3, {"val/loss": None})
     assert record["duration_s"] >= 0
     assert record["hardware"]["gpus"] == ["H200"]

@@ -1,0 +1,72 @@
+"""What of a command line is a sweep's own, and how a sweep is gone on with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    Override,
+    RangeSweep,
+)
+from hydra.errors import HydraException
+
+from ftlab.config.rules import override
+from ftlab.outputs.sweep import SweepFolder
+
+RESUME = "sweep.resume"
+# Of the whole sweep: a job is the same job without them.
+_OF_THE_SWEEP = (RESUME, "sweep.jobs_at_once", "paths.output_dir")
+
+
+def of_the_jobs(overrides: Sequence[str]) -> list[str]:
+    """``overrides`` without those that say how the sweep is run."""
+    return [text for text in overrides if _key(text) not in _OF_THE_SWEEP]
+
+
+def with_resumed_sweep(argv: Sequence[str]) -> list[str]:
+    """The command line ``argv``, where it goes on with a sweep as the one that started it, in the same folder.
+
+    Overrides beside ``sweep.resume`` take the place of those that the sweep was started with: the same again, or more
+    of them, which adds jobs.
+
+    Raises:
+        ConfigError: there is no such sweep.
+    """
+    flags = get_args_parser().parse_args(list(argv))
+    folder = next((value for text in flags.overrides if (value := _resumed(text)) is not None), None)
+    if folder is None:
+        return list(argv)
+    sweep = SweepFolder.read(folder)
+    jobs_own = [text for text in of_the_jobs(flags.overrides) if not text.startswith("hydra.")]
+    typed = flags.overrides if jobs_own else [*of_the_jobs(sweep.about["command"]), *flags.overrides]
+    others = [argument for argument in argv if argument not in flags.overrides and argument not in ("-m", "--multirun")]
+    return [*others, "-m", *typed, override("paths.output_dir", str(sweep.path))]
+
+
+def extremes(swept: Override) -> list[str]:
+    """``key=value`` for the values of a sweep that are worth checking: every one of a few, the ends of many."""
+    value, key = swept.value(), swept.get_key_element()
+    if isinstance(value, IntervalSweep):
+        return [f"{key}={end:g}" for end in (value.start, value.end) if end is not None]
+    texts = [f"{key}={text}" for text in swept.sweep_string_iterator()]
+    assert isinstance(value, (ChoiceSweep, RangeSweep))
+    return texts if isinstance(value, ChoiceSweep) else [texts[0], texts[-1]]
+
+
+def _resumed(text: str) -> str | None:
+    key, _, value = text.lstrip("+").partition("=")
+    if key != RESUME or value in ("", "null"):
+        return None
+    return re.sub(r"""^(["']+)(.*)\1$""", r"\2", value)  # a path may hold what Hydra would read as something else
+
+
+def _key(text: str) -> str:
+    try:
+        return OverridesParser.create().parse_override(text).key_or_group
+    except HydraException:
+        return text.partition("=")[0].lstrip("+~")
