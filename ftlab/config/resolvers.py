@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ftlab.outputs.secrets import mask_secrets
@@ -34,6 +35,8 @@ def register() -> None:
         "fresh_folder": fresh_folder,
         "sweep_subdir": sweep_subdir,
         "chosen": _chosen,
+        "of_sweep": _of_sweep,
+        "tags": _tags,
         "options": _options,
     }
     for name, resolver in named.items():
@@ -113,6 +116,20 @@ def _chosen(group: str, *, _root_: DictConfig) -> Any:
     """The option chosen for ``group``. ``${hydra:runtime.choices.x}`` fails where Hydra names a sweep's folder."""
     hydra = _root_["hydra"] if "hydra" in _root_ else HydraConfig.get()
     return hydra.runtime.choices[group]
+
+
+def _of_sweep(inside: Any = None, outside: Any = None, *, _root_: DictConfig) -> Any:
+    """``${ftlab.of_sweep:A,B}``: A in a job of a sweep, else B. Without A: the name of the sweep's folder."""
+    hydra = _root_["hydra"] if "hydra" in _root_ else HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return outside
+    return inside if inside is not None else Path(hydra.sweep.dir).name
+
+
+def _tags(*groups: str, _root_: DictConfig) -> list[str]:
+    """``${ftlab.tags:model,sweep}``: the options chosen for these groups, where one is."""
+    hydra = _root_["hydra"] if "hydra" in _root_ else HydraConfig.get()
+    return [choice for group in groups if (choice := hydra.runtime.choices.get(group)) not in (None, "null")]
 
 
 def _options(*, _root_: DictConfig) -> str:

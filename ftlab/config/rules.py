@@ -269,6 +269,7 @@ RULES: dict[str, Rule] = {
     "logger.wandb.project": Text(),
     "logger.wandb.entity": Text(optional=True),
     "logger.wandb.group": Text(optional=True),
+    "logger.wandb.job_type": Text(optional=True),
     "logger.wandb.tags": ListOf(Text()),
 }
 

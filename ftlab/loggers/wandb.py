@@ -29,6 +29,7 @@ from ftlab.loggers.base import RunInfo
 from ftlab.outputs.files import shortest
 from ftlab.outputs.folder import Status
 from ftlab.outputs.secrets import mask_secrets
+from ftlab.storage.checkpoints import less_is_better
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ _UPLOAD_TIMEOUT_S = 20.0  # at the end; what is not uploaded by then stays on di
 _FINISH_TIMEOUT_S = _INIT_TIMEOUT_S + _UPLOAD_TIMEOUT_S + 5.0
 _OFFLINE_FINISH_TIMEOUT_S = 10.0  # to write to the local disk
 _QUEUE_LENGTH = 10_000  # log calls; a W&B that falls so far behind has stopped
+# Of the run's folder, into W&B's files: what was trained on, and what exactly came out.
+_ATTACHED = ("config.yaml", "data_report.json", "data_check.html", "export/MANIFEST.json", "report.html")
+_REPORT = "report.html"  # shown in the run's workspace, too
 _MODES = {
     "online": "online",
     "run": "online",
@@ -55,11 +59,15 @@ class WandbLogger:
     Args:
         entity: user or team; None: the key's own.
         group: W&B draws the runs of one group together; None: no group.
+        job_type: W&B's second level below groups.
     """
 
-    def __init__(self, *, project: str, entity: str | None, group: str | None, tags: Sequence[str]):
-        identity = {"project": project, "entity": entity, "group": group, "tags": list(tags)}
+    def __init__(
+        self, *, project: str, entity: str | None, group: str | None, job_type: str | None, tags: Sequence[str]
+    ):
+        identity = {"project": project, "entity": entity, "group": group, "job_type": job_type, "tags": list(tags)}
         self._identity: dict[str, Any] = identity
+        self._best: dict[str, float] = {}  # the best value of the metric that decides, and its step
         self._jobs: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_QUEUE_LENGTH)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._off = threading.Event()
@@ -76,9 +84,17 @@ class WandbLogger:
         # `step` travels as a metric, and is every chart's x axis. W&B's own step counter only ever grows by
         # one: it would refuse validation metrics that arrive for a step that was logged already.
         self._step = step
+        self._note_best(metrics, step)
         if step > self._info.logged_until:  # W&B was told of the others before the run was cut back
             row = {"step": step, **metrics}
             self._put(lambda run: run.log(row))
+
+    def _note_best(self, metrics: Mapping[str, float], step: int) -> None:
+        name = self._info.config.get("evaluation", {}).get("metric", "val/loss")
+        if step and name in metrics:  # before the first step nothing has been learnt
+            sign = 1 if less_is_better(name) else -1
+            if sign * metrics[name] < sign * self._best.get(f"best/{name}", sign * float("inf")):
+                self._best = {f"best/{name}": metrics[name], "best/step": step}
 
     def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
         rows = [dict(sample) for sample in samples]
@@ -100,7 +116,14 @@ class WandbLogger:
             pictures = {f"plots/{path.stem}": wandb.Image(str(path)) for path in artifacts if path.suffix == ".png"}
             if pictures:
                 run.log({"step": self._step, **pictures})
-            run.summary.update(mask_secrets({**summary, "status": status, "n_params": self._info.n_params}))
+            for name in _ATTACHED:
+                if (path := self._info.folder / name).is_file():
+                    run.save(str(path), base_path=str(self._info.folder), policy="now")
+            report = self._info.folder / _REPORT
+            if report.is_file():
+                run.log({"step": self._step, "report": wandb.Html(report.read_text(encoding="utf-8"), inject=False)})
+            facts = {"status": status, "n_params": self._info.n_params}
+            run.summary.update(mask_secrets({**summary, **self._best, **facts}))
             run.finish(exit_code=0 if status == "completed" else 1)
 
         self._put(send)
@@ -176,12 +199,13 @@ class WandbLogger:
             disable_code=True,
             disable_git=True,
         )
-        config = mask_secrets(self._info.config)
         # Offline, `wandb sync` puts together the folders of one id.
         again: dict[str, Any] = {"resume": "allow"} if mode == "online" else {}
-        run = wandb.init(
-            **self._identity, **again, id=self._info.run_id, name=self._info.name, config=config, settings=settings
-        )
+        whose = self._identity | {"id": self._info.run_id, "name": self._info.name}
+        if os.environ.get("WANDB_SWEEP_ID"):
+            # An agent of W&B Sweeps started this run, and waits for the one it has named, in the project of the sweep.
+            whose = {key: value for key, value in whose.items() if key not in ("id", "name", "project", "entity")}
+        run = wandb.init(**whose, **again, config=flat(mask_secrets(self._info.config)), settings=settings)
         run.define_metric("*", step_metric="step")
         return run
 
@@ -189,6 +213,17 @@ class WandbLogger:
         if not self._off.is_set():
             self._off.set()
             _log.warning("W&B: %s; the run goes on without it", problem)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optimizer.lr": 0.001}``: a column each in W&B's table, under the names that one types and that sweeps use."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def choose_mode() -> tuple[str, str]:

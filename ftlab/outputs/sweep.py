@@ -6,6 +6,7 @@ sweep that is killed at any instant loses nothing: whoever opens its folder next
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from ftlab.outputs.environment import now
 from ftlab.outputs.files import to_json
 from ftlab.outputs.folder import RunFolder, hold, is_held, read_record
 from ftlab.outputs.secrets import mask_secrets
-from ftlab.storage.disk import rename, replace_file
+from ftlab.storage.disk import replace_file
 
 FILE = "sweep.json"
 PRUNED = "pruned.json"  # in a job's folder: a search gave it up, after which step and with which value
@@ -185,14 +186,17 @@ def last_value(folder: Path, metric: str) -> float | None:
     return found
 
 
+_OF_THE_ATTEMPT = (".hydra", ".lock", "console.log")  # what there is of the new attempt when it makes room
+
+
 def set_aside(folder: Path) -> None:
-    """Make room for another attempt at a job that left nothing to go on from; what Hydra wrote for it stays."""
-    taken = next(number for number in range(1, 10_000) if not Path(f"{folder}.attempt_{number}").exists())
-    aside = Path(f"{folder}.attempt_{taken}")
-    rename(folder, aside)
-    folder.mkdir()
-    with suppress(FileNotFoundError):
-        rename(aside / ".hydra", folder / ".hydra")
+    """Make room for another attempt at a job that left nothing to go on from."""
+    names = (Path(f"{folder}.attempt_{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not path.exists())
+    aside.mkdir()
+    entries = [entry for entry in folder.iterdir() if entry.name not in _OF_THE_ATTEMPT]
+    for entry in sorted(entries, key=lambda entry: entry.name == "run.json"):  # last: until then it is that attempt's
+        entry.rename(aside / entry.name)
 
 
 def fail(folder: Path, error: BaseException) -> None:

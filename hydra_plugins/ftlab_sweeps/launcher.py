@@ -23,7 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from ftlab.distributed.started import group_of_this_process
-from ftlab.errors import ConfigError, Interrupted
+from ftlab.errors import ConfigError, FtlabError, Interrupted
 from ftlab.outputs.killed import Watch
 from ftlab.outputs.sweep import fail
 
@@ -138,6 +138,11 @@ class _Pool:
                 print(error, file=sys.stderr)
                 fail(folder_of(config), error)
                 exit_code = 128 - exit_code
+            elif exit_code:
+                fail(
+                    folder_of(config),
+                    FtlabError(f"the job's process ended with exit code {exit_code}, see console.log"),
+                )
             result = JobReturn(status=JobStatus.COMPLETED, cfg=None, hydra_cfg=None)
             result.return_value = exit_code
             self._results[config.hydra.job.num] = result

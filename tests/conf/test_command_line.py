@@ -43,7 +43,7 @@ def test_help_shows_groups_options_and_shared_scalars_with_their_values(tmp_path
     for expected in (
         "adamw  ",
         "[sgd]",
-        "[console]  [jsonl]  [wandb]",
+        "[console]  [jsonl]  tensorboard  [wandb]",
         "run_name=llama_tiny",
         "seed=7",
         "python -m ftlab",

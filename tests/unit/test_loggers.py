@@ -235,7 +235,7 @@ def test_a_server_that_does_not_answer_is_given_up_within_seconds(no_wandb_setti
 
 @pytest.fixture
 def wandb_logger(no_wandb_settings):
-    return WandbLogger(project="ftlab", entity=None, group="grid", tags=["a", "b"])
+    return WandbLogger(project="ftlab", entity=None, group="grid", job_type="job", tags=["a", "b"])
 
 
 def warnings_of(caplog):
@@ -278,7 +278,7 @@ def test_a_wandb_that_falls_behind_is_left_behind(no_wandb_settings, info, monke
     stand_in(monkeypatch, lambda **_: woken.wait(60))
     monkeypatch.setattr(wandb_module, "_QUEUE_LENGTH", 50)
     monkeypatch.setattr(wandb_module, "_REACH_TIMEOUT_S", 0.1)
-    logger = WandbLogger(project="ftlab", entity=None, group=None, tags=[])
+    logger = WandbLogger(project="ftlab", entity=None, group=None, job_type=None, tags=[])
     logger._finish_timeout_s = 0.1
     train(logger, info())
     assert warnings_of(caplog) == ["W&B: no longer answers; the run goes on without it"]
@@ -381,9 +381,9 @@ def test_an_offline_run_reads_back_complete_and_without_a_secret(offline_run, tm
     run = by_type["run"].run
     assert (run.project, run.run_group, run.display_name, list(run.tags)) == ("ftlab", "grid", "llama_tiny", ["a", "b"])
     config = items(run.config.update)
-    assert config["optimizer"] == {"lr": 1e-3}
+    assert config["optimizer.lr"] == 1e-3, "flat: a column each, under the name that one types"
     assert config["source"] == "https://***@host/data.json"
-    assert config["hub"] == {"api_key": "***", "note": "***"}
+    assert (config["hub.api_key"], config["hub.note"]) == ("***", "***")
 
     summary = {}
     for record in offline_run:
