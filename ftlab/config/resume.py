@@ -64,7 +64,7 @@ def resumed_config(overrides: Sequence[str], search: dict[str, Any]) -> tuple[di
     text = resume_in(overrides)
     assert text is not None
     address = find_run(text, KEY)
-    config = copy.deepcopy(_own_config(address))
+    config = upgraded(_own_config(address), address.run, **search)
     now = [override for override in overrides if _key(override) != KEY]
     composition = _lay_over(config, now, address.run, search) if now else None
     config["paths"] = {**config.get("paths", {}), "output_dir": str(address.run)}
@@ -72,10 +72,30 @@ def resumed_config(overrides: Sequence[str], search: dict[str, Any]) -> tuple[di
     return config, composition
 
 
+def upgraded(config: dict[str, Any], run: Path, **search: Any) -> dict[str, Any]:
+    """A copy of a run's ``config`` with the keys that have come since an earlier version wrote it.
+
+    They get the values that the run's own command line would give them today: a new key's default is what was done
+    before there was a key. All else stays as it was, and so does a node that the run did without, such as a logger.
+    """
+    config = copy.deepcopy(config)
+    composition = compose(_overrides_before(run), **search)
+    if composition.problems:  # an option that is no more: what is stored must do, and the checks will say if not
+        return config
+    today, held, groups = _leaves(composition), dict(leaves(config)), set(config)
+    for key, value in today.items():
+        target = f"{key.rpartition('.')[0]}._target_"
+        same_node = target in held and held[target] == today.get(target)
+        if key not in held and not key.startswith(_OWN) and (same_node or key.partition(".")[0] not in groups):
+            _set(config, key, value)
+    return config
+
+
 def _lay_over(config: dict[str, Any], now: list[str], run: Path, search: dict[str, Any]) -> Composition:
     """Change ``config`` by the difference that the overrides ``now`` make."""
     before = _overrides_before(run)
-    composition = compose([*before, *now], **search)
+    again = {_key(override) for override in now}
+    composition = compose([*(override for override in before if _key(override) not in again), *now], **search)
     if composition.problems:
         raise ConfigErrors(composition.problems)
     with_them, without = _leaves(composition), _leaves(compose(before, **search))

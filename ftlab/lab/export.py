@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ftlab.assembly import build_model, weights_of, with_vocabulary
 from ftlab.config.build import build
+from ftlab.config.resume import upgraded
 from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
@@ -36,10 +37,11 @@ def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("OUT", f"{out} exists already", f"{out}_2")
-    found = candidates(find_run(address, "RUN"))[0]
+    at = find_run(address, "RUN")
+    found = candidates(at)[0]
     manifest = verify(found, None)
     opened = open_checkpoint(found.path)
-    config = opened.told["config"]
+    config = upgraded(opened.told["config"], at.run)
     tokenizer = build(config["tokenizer"])
     trained: Precision = build(config["precision"])
     plain = Precision(param_dtype=trained.param_dtype, compute_dtype=trained.param_dtype, loss_scaling=False)

@@ -24,6 +24,7 @@ from ftlab.outputs.secrets import mask_secrets
 from ftlab.storage.disk import replace_file
 
 Status = Literal["running", "completed", "failed", "preempted"]
+FORMAT = 1  # of run.json; one without is of 1
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -31,15 +32,35 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises:
         OSError, ValueError: when there is none, or it cannot be read.
+        NewerFormatError: when a newer ftlab wrote it.
     """
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    path = folder / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(record, dict):
-        raise ValueError(f"{folder / 'run.json'} is not a JSON object")
+        raise ValueError(f"{path} is not a JSON object")
+    if isinstance(number := record.get("format"), int) and number > FORMAT:
+        raise NewerFormatError(path, number)
     return record
 
 
 def _told(error: BaseException) -> dict[str, str]:
     return {"type": type(error).__name__, "kind": kind_of(error), "message": str(error)}
+
+
+class NewerFormatError(FtlabError):
+    """A newer ftlab wrote this record."""
+
+    exit_code = 2
+
+    def __init__(self, path: Path, number: int):
+        self.path, self.number = path, number
+        super().__init__(path, number)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} was written by a newer ftlab (format {self.number}; this one reads up to {FORMAT})\n"
+            "  try: a newer ftlab"
+        )
 
 
 class FolderInUseError(FtlabError):
@@ -170,6 +191,7 @@ class RunFolder:
             fields: what else is known now, e.g. ``name, seed, data_fingerprint, n_params, parent_run``.
         """
         self.update(
+            format=FORMAT,
             id=token_hex(4),
             status="running",
             started=now().isoformat(timespec="seconds"),

@@ -18,7 +18,9 @@ from ftlab.errors import CheckpointError
 from ftlab.storage.disk import file_sha256, write_file
 
 NAME = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
+"""2: ``state.json`` tells the steps left out and what the guard of the numbers remembers. 1 is read, too."""
+
 KEY_VARIABLE = "FTLAB_CHECKPOINT_SECRET"
 """Environment variable: with it, manifests are signed, and only signed ones are believed."""
 
