@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--show", type=int, default=3, metavar="N", help="samples to show whole (default 3)")
     replay.set_defaults(verb=_replay)
 
+    evaluate = verbs.add_parser("evaluate", help="loss and right answers of one or more runs, on any data")
+    evaluate.add_argument("runs", nargs="+", metavar="RUN", help="RUN, RUN@STEP or RUN@best; and overrides, see --help")
+    evaluate.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval instead of a dataset (extra eval)")
+    evaluate.add_argument("--tasks-dir", type=Path, metavar="FOLDER", help="where tasks of your own are defined")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    evaluate.epilog = "overrides: dataset=OPTION, dataset.KEY=…, evaluation.KEY=…, seq_len=…, device=…"
+    evaluate.set_defaults(verb=_evaluate)
+
     report = verbs.add_parser("report", help="one HTML page and summary.csv on a set of runs")
     report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs, or folders of runs: a sweep's")
     report.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: the folder they share")
@@ -96,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(verb=_report)
 
     generate = verbs.add_parser("generate", help="ask the model of a finished run")
-    generate.add_argument("run", type=Path, help="run folder, e.g. outputs/latest")
+    generate.add_argument("run", help="RUN, RUN@STEP or RUN@best, e.g. outputs/latest")
     generate.add_argument("prompt", help="the instruction; the run's own template is put around it")
     generate.add_argument("--input", default="", help="further context, Alpaca's input field")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
@@ -218,6 +226,19 @@ def _replay(arguments: argparse.Namespace) -> int:
     verdict = "exactly the samples that the run noted" if batch.as_noted else "[bold red]NOT what the run noted"
     console.print(f"\n{verdict}")
     return 0 if batch.as_noted and batch.same_data else 1
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from ftlab.lab.evaluate import evaluate, evaluate_tasks, runs_and_overrides, table
+
+    runs, overrides = runs_and_overrides(arguments.runs)
+    if arguments.tasks is None:
+        found = evaluate(runs, overrides)
+    else:
+        found = evaluate_tasks(runs, arguments.tasks.split(","), overrides, arguments.tasks_dir, arguments.limit)
+    Console(width=max(Console().width, 120)).print(table(found))
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -91,8 +91,43 @@ def upgraded(config: dict[str, Any], run: Path, **search: Any) -> dict[str, Any]
     return config
 
 
+def overlaid(
+    config: dict[str, Any], overrides: Sequence[str], run: Path, may_change: tuple[str, ...]
+) -> dict[str, Any]:
+    """``config`` of the run in ``run`` with the difference that ``overrides`` make, for looking at what it trained.
+
+    Args:
+        may_change: the beginnings of keys that overrides may change.
+
+    Raises:
+        ConfigErrors: for overrides that cannot be, and for those of other keys.
+    """
+    changed, _ = _changes(config, list(overrides), run, {})
+    wrong = [key for key in changed if not key.startswith(may_change)]
+    if wrong:
+        allowed = ", ".join(f"{key}…" if key.endswith(".") else key for key in may_change)
+        problem = f"was settled by the run in {run}; what can be changed here is {allowed}"
+        raise ConfigErrors([ConfigError(key, problem) for key in wrong])
+    config = copy.deepcopy(config)
+    for key, value in changed.items():
+        _set(config, key, value)
+    return config
+
+
 def _lay_over(config: dict[str, Any], now: list[str], run: Path, search: dict[str, Any]) -> Composition:
     """Change ``config`` by the difference that the overrides ``now`` make."""
+    changed, composition = _changes(config, now, run, search)
+    if problems := list(_unsettling(changed, dict(leaves(config)), run)):
+        raise ConfigErrors(problems)
+    for key, value in changed.items():
+        _set(config, key, value)
+    return composition
+
+
+def _changes(
+    config: dict[str, Any], now: list[str], run: Path, search: dict[str, Any]
+) -> tuple[dict[str, Any], Composition]:
+    """The keys of ``config`` that the overrides ``now`` change and their values, and the composition with them."""
     before = _overrides_before(run)
     again = {_key(override) for override in now}
     composition = compose([*(override for override in before if _key(override) not in again), *now], **search)
@@ -106,12 +141,7 @@ def _lay_over(config: dict[str, Any], now: list[str], run: Path, search: dict[st
         if with_them.get(key, _MISSING) != without.get(key, _MISSING) and not key.startswith(_OWN)
     }
     held = dict(leaves(config))
-    changed = {key: value for key, value in changed.items() if held.get(key, _MISSING) != value}
-    if problems := list(_unsettling(changed, held, run)):
-        raise ConfigErrors(problems)
-    for key, value in changed.items():
-        _set(config, key, value)
-    return composition
+    return {key: value for key, value in changed.items() if held.get(key, _MISSING) != value}, composition
 
 
 def _own_config(address: Address) -> dict[str, Any]:

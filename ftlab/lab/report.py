@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -183,13 +184,16 @@ def payload(summary: Summary, out: Path, refresh_s: float | None) -> dict[str, A
 
 
 def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """What to call each run: its name, its folder's where names are shared, with the folder above where those are."""
-    kinds: tuple[Callable[[RunRecord], str], ...] = (lambda run: run.name, lambda run: run.folder.name)
+    """What to call each run: its name, or where several share it a job's number, its folder, or its folder's place."""
+    numbered = all(re.match(r"\d+_", run.folder.name) for run in runs) and len({run.folder.parent for run in runs}) == 1
+    kinds: list[Callable[[RunRecord], str]] = [lambda run: run.name]
+    kinds += [lambda run: f"#{run.folder.name.partition('_')[0]}"] if numbered else []
+    kinds += [lambda run: run.folder.name, lambda run: f"{run.folder.parent.name}/{run.folder.name}"]
     for name in kinds:
         found = [name(run) for run in runs]
         if len(set(found)) == len(found):
             return found
-    return [f"{run.folder.parent.name}/{run.folder.name}" for run in runs]
+    return [str(run.folder) for run in runs]
 
 
 def _run(run: RunRecord, label: str, out: Path) -> dict[str, Any]:
@@ -221,7 +225,7 @@ def _pace(run: RunRecord) -> list[list[float]]:
     if not known:
         return []
     picked = [known[i] for i in range(0, len(known), max(1, len(known) // 30))]
-    return [list(pair) for pair in zip((0, 0), *picked, known[-1], strict=True)]
+    return [list(pair) for pair in ((0, 0), *picked, known[-1])]
 
 
 def _curves(summary: Summary) -> dict[str, list[dict[str, str] | None]]:

@@ -50,6 +50,7 @@ class Summary:
         metric: by which the runs are judged.
         results: its final value for each run; None where there is none, or the run did not complete.
         groups: runs that differ in nothing but the seed, by index, where there are several of at least one kind.
+        grouped_by: the settings that are the same in each group.
     """
 
     runs: list[RunRecord]
@@ -57,6 +58,7 @@ class Summary:
     columns: list[Column]
     results: list[float | None]
     groups: list[list[int]]
+    grouped_by: list[str]
 
     @property
     def sign(self) -> int:
@@ -74,7 +76,7 @@ class Summary:
 
     def named(self, group: Sequence[int]) -> str:
         """What sets a group apart from the others."""
-        told = [c for c in self.columns if c.is_setting and c.key not in _DRAWN and not c.key.startswith("run.")]
+        told = [c for c in self.columns if c.key in self.grouped_by and not _alike(c, self.groups)]
         parts = [f"{c.label}={'–' if c.cells[group[0]] is None else c.cells[group[0]]}" for c in told]
         return ", ".join(parts) or "all runs"
 
@@ -114,7 +116,7 @@ class Summary:
         return text.getvalue()
 
 
-_DRAWN = ("seed",)  # by the run itself where none is given
+_OF_A_SESSION = ("seed", "run.commit", "run.torch")  # no part of what is being compared, unless nothing else differs
 
 
 def summarise(runs: Sequence[RunRecord], metric: str | None = None) -> Summary:
@@ -133,19 +135,35 @@ def summarise(runs: Sequence[RunRecord], metric: str | None = None) -> Summary:
         float(value) if run.status == "completed" and (value := run.final_metrics.get(metric)) is not None else None
         for run in runs
     ]
-    groups: dict[str, list[int]] = {}
-    for i, result in enumerate(judged):
-        if result is not None:
-            alike = [column.cells[i] for column in settings if column.key not in _DRAWN]
-            groups.setdefault(to_json(alike), []).append(i)
-    several = any(len({runs[i].seed for i in group}) > 1 for group in groups.values())
+    grouped_by = [column for column in settings if column.key not in _OF_A_SESSION]
+    groups = _groups(grouped_by, judged)
+    if any(len({runs[i].seed for i in group}) < len(group) for group in groups):  # then it is code that is compared
+        grouped_by = [column for column in settings if column.key != "seed"]
+        groups = _groups(grouped_by, judged)
+    several = any(len({runs[i].seed for i in group}) > 1 for group in groups)
     return Summary(
         runs=runs,
         metric=metric,
         columns=settings + results,
         results=judged,
-        groups=list(groups.values()) if several else [],
+        groups=groups if several else [],
+        grouped_by=[column.key for column in grouped_by],
     )
+
+
+def _alike(column: Column, groups: Sequence[Sequence[int]]) -> bool:
+    """Whether no two groups differ in it."""
+    return len({to_json(sorted({to_json(column.cells[i]) for i in group})) for group in groups}) == 1
+
+
+def _groups(settings: Sequence[Column], results: Sequence[float | None]) -> list[list[int]]:
+    """Runs with a result, grouped by ``settings``."""
+    groups: dict[str, list[int]] = {}
+    for i, result in enumerate(results):
+        if result is not None:
+            alike = [column.cells[i] for column in settings]
+            groups.setdefault(to_json(alike), []).append(i)
+    return list(groups.values())
 
 
 def _settings(runs: list[RunRecord]) -> list[Column]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from itertools import islice
 from typing import Any
 
@@ -57,6 +59,8 @@ class Evaluator:
     Attributes:
         loss: plain cross-entropy, whatever the training loss adds, so that ``val/loss`` compares across runs.
         on_samples: takes the generated samples and the step they belong to.
+        by_number: whether references that end in a number (`final_number`) are verifiable by it; a training run
+            would spend more time on answering all of them than on training.
     """
 
     config: EvaluationConfig
@@ -64,6 +68,7 @@ class Evaluator:
     tokenizer: Tokenizer
     loss: Loss
     on_samples: Callable[[list[Sample], int], None]
+    by_number: bool = False
 
     def due(self, step: int, *, ends_epoch: bool, ends_run: bool) -> bool:
         """Whether to evaluate after optimizer step ``step``; 0 is before training."""
@@ -115,7 +120,7 @@ class Evaluator:
         Prompts are dealt to the ranks like rows; every rank returns all answers.
         """
         dataset = self.validation
-        verifiable = dataset.family(0) is not None
+        verifiable = dataset.family(0) is not None or self._ends_in_number(dataset.answer(0))
         n = len(dataset) if verifiable else min(self.config.n_samples, len(dataset))
         if verifiable and self.config.max_batches is not None:
             n = min(n, self.config.max_batches * self.config.batch_size * parallel.dp_size)
@@ -138,6 +143,11 @@ class Evaluator:
         dataset = self.validation
         generated, reference = self.tokenizer.decode(answer).strip(), dataset.answer(i).strip()
         family = dataset.family(i)
+        correct: bool | None
+        if self._ends_in_number(reference):
+            correct = final_number(generated) == final_number(reference)
+        else:
+            correct = generated == reference if family is not None else None
         return {
             "step": step,
             "sample_id": dataset.sample_id(i),
@@ -145,18 +155,31 @@ class Evaluator:
             "generated": generated,
             "reference": reference,
             "family": family,
-            "correct": generated == reference if family is not None else None,
+            "correct": correct,
         }
+
+    def _ends_in_number(self, reference: str) -> bool:
+        return self.by_number and final_number(reference) is not None
+
+
+def final_number(answer: str) -> str | None:
+    """What follows the last ``####`` of an answer as GSM8K's are written, in canonical form: 1,200.0 is 1200."""
+    _, mark, tail = answer.rpartition("####")
+    found = re.match(r"\s*\$?(-?[\d,]*\.?\d+)", tail) if mark else None
+    try:
+        return f"{Decimal(found[1].replace(',', '')).normalize():f}" if found else None
+    except InvalidOperation:
+        return None
 
 
 def exact_match(samples: list[Sample]) -> dict[str, float]:
     """Share of right answers by task family, ``val/exact_match/<family>``, and over all, ``val/exact_match``."""
     verdicts: defaultdict[str, list[bool]] = defaultdict(list)
+    every = [sample["correct"] for sample in samples if sample["correct"] is not None]
     for sample in samples:
-        if sample["family"] is not None:
+        if sample["family"] is not None and sample["correct"] is not None:
             verdicts[f"val/exact_match/{sample['family']}"].append(sample["correct"])
-    if not verdicts:
+    if not every:
         return {}
-    every = [correct for family in verdicts.values() for correct in family]
     by_family = {name: sum(family) / len(family) for name, family in sorted(verdicts.items())}
     return {"val/exact_match": sum(every) / len(every)} | by_family

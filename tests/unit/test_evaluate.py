@@ -2,7 +2,7 @@
 
 import pytest
 
-from ftlab.training.evaluate import EvaluationConfig, Evaluator, exact_match
+from ftlab.training.evaluate import EvaluationConfig, Evaluator, exact_match, final_number
 
 
 def evaluator(**given):
@@ -46,3 +46,25 @@ def test_exact_match_is_a_share_by_family_and_over_all():
 
 def test_samples_without_a_family_have_no_exact_match():
     assert exact_match([{"family": None, "correct": None}]) == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("6 + 6 = <<6+6=12>>12\n#### 12", "12"),
+        ("#### 1,200.0", "1200"),
+        ("#### $-0.50 each", "-0.5"),
+        ("#### 3 and then #### 4.", "4"),
+        ("12", None),
+        ("#### none", None),
+        ("####", None),
+        ("#### ,", None),
+    ],
+)
+def test_the_final_number_of_a_worked_answer(answer, number):
+    assert final_number(answer) == number
+
+
+def test_answers_without_a_family_count_over_all_where_they_were_judged():
+    judged = [{"family": None, "correct": correct} for correct in (True, False, None)]
+    assert exact_match(judged) == {"val/exact_match": 0.5}

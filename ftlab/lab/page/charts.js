@@ -2,11 +2,11 @@
 
 const touch = matchMedia("(pointer: coarse)").matches; // there a finger scrolls the page; it must not draw zoom boxes
 
-function draw(id, data, { x, y, log = false, range = null, xaxis = {}, yaxis = {}, margin = {} }) {
+function draw(id, data, { x, y, log = false, range = null, xaxis = {}, yaxis = {}, margin = {}, more = {} }) {
   const [text, muted, line, card] = ["text", "muted", "line", "card"].map(cssColour);
   const axis = {
     gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, fixedrange: touch,
-    tickfont: { size: 12, color: muted }, nticks: 6,
+    tickfont: { size: 12, color: muted }, nticks: 6, separatethousands: true,
   };
   const title = (words) => ({ text: plain(words), font: { size: 12.5, color: muted }, standoff: 8 });
   const yrange = range && log ? range.map((value) => Math.log10(Math.max(value, 1e-12))) : range;
@@ -16,16 +16,16 @@ function draw(id, data, { x, y, log = false, range = null, xaxis = {}, yaxis = {
     margin: { l: 50, r: 14, t: 12, b: 44, ...margin },
     hovermode: "closest", dragmode: touch ? false : "zoom", showlegend: false,
     hoverlabel: { bgcolor: card, bordercolor: line, font: { color: text, size: 12.5 }, align: "left" },
-    xaxis: { ...axis, showgrid: false, showline: true, title: title(x ?? ""), ...xaxis },
+    xaxis: { ...axis, showgrid: false, zeroline: false, showline: true, title: title(x ?? ""), ...xaxis },
     yaxis: { ...axis, zeroline: false, title: title(y ?? ""), type: log ? "log" : "linear", ...(yrange && !(log && range[0] <= 0) ? { range: yrange } : {}), ...yaxis },
+    ...more,
   };
   if (!data.length) {
     layout.annotations = [{ text: "nothing to show for the chosen runs", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5, font: { color: muted, size: 13 } }];
     layout.xaxis.visible = layout.yaxis.visible = false;
   }
   return Plotly.react($(id), data, layout, {
-    displaylogo: false, responsive: true, displayModeBar: touch ? false : "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    displaylogo: false, responsive: true, displayModeBar: false, doubleClick: "reset",
   });
 }
 
@@ -40,8 +40,7 @@ function axisOf(column, cells) {
 }
 
 const labelled = (i) => {
-  const settings = SETTINGS.slice(0, 10).map((column) => `${plain(column.label)} ${plain(short(column.cells[i]))}`);
-  return [`<b>${plain(RUNS[i].label)}</b>`, ...settings].join("<br>");
+  return `<b>${plain(RUNS[i].label)}</b><br>${plain(told(i)).replaceAll(", ", "<br>")}`;
 };
 
 function points(xs, ys, shown, colours, extra = {}) {
@@ -54,7 +53,8 @@ function points(xs, ys, shown, colours, extra = {}) {
 function drawScatter() {
   const [a, b] = [byKey(state.hx), byKey(state.hy)];
   if (!a || !b) return;
-  const shown = plotted().filter((i) => a.cells[i] !== null && b.cells[i] !== null);
+  const judged = b.setting ? () => true : (i) => DATA.results[i] !== null; // not what a failed run had at its start
+  const shown = plotted().filter((i) => a.cells[i] !== null && b.cells[i] !== null && judged(i));
   const xs = shown.map((i) => (a.numeric ? a.cells[i] : String(a.cells[i])));
   const ys = shown.map((i) => (b.numeric ? b.cells[i] : String(b.cells[i])));
   const text = { hovertemplate: `%{text}<br>${plain(b.label)} %{y}<extra></extra>` };
@@ -62,35 +62,44 @@ function drawScatter() {
   draw("scatter", data, { x: a.label, y: b.label, xaxis: axisOf(a, xs), yaxis: axisOf(b, ys) });
 }
 
-/** Each run as a line across its settings to its result. */
+/** Each run as a line across its settings to its result, every axis from its least value to its greatest. */
 function drawParallel() {
   const shown = plotted().filter((i) => DATA.results[i] !== null);
-  const axes = SETTINGS.filter((column) => !column.key.startsWith("run.") && new Set(shown.map((i) => column.cells[i])).size > 1).slice(-8);
+  const axes = SETTINGS.filter((column) => !column.key.startsWith("run.") && new Set(shown.map((i) => column.cells[i])).size > 1).slice(-7);
   if (!axes.length || shown.length < 2) return draw("parallel", [], {});
-  const results = shown.map((i) => DATA.results[i]);
-  const [low, high] = [Math.min(...results), Math.max(...results)];
-  const dimensions = axes.map((column) => dimension(column, shown));
-  const [text, muted, line] = ["text", "muted", "line"].map(cssColour);
-  dimensions.push({ label: plain(DATA.metric), values: results, tickvals: [low, (low + high) / 2, high], ticktext: [low, (low + high) / 2, high].map(short) });
-  const best = ramp().map((stop, k, all) => [k / (all.length - 1), stop]);
-  const trace = {
-    type: "parcoords", dimensions, labelfont: { size: 12.5, color: text }, tickfont: { size: 12, color: muted }, rangefont: { size: 1, color: "rgba(0,0,0,0)" },
-    line: { color: results, colorscale: best, cmin: low, cmax: high === low ? high + 1 : high }, labelside: "top", unselected: { line: { color: line, opacity: 0.25 } },
-  };
-  return draw("parallel", [trace], { margin: { l: 56, r: 56, t: 46, b: 20 } });
+  axes.push({ key: DATA.metric, label: DATA.metric, numeric: true, setting: false, cells: DATA.results });
+  const scales = axes.map((column) => axisScale(column, shown));
+  const result = scale(shown.map((i) => DATA.results[i]));
+  const bestLast = [...shown].sort((a, b) => (DATA.less_is_better ? 1 : -1) * (DATA.results[b] - DATA.results[a]));
+  const data = bestLast.map((i) => ({
+    type: "scatter", mode: "lines", x: axes.map((_, k) => k), y: axes.map((column, k) => scales[k].place(column.cells[i])),
+    line: { color: at(result(DATA.results[i])), width: shown.length > 40 ? 1.2 : 2 },
+    text: labelled(i), hovertemplate: `%{text}<br>${plain(DATA.metric)} ${short(DATA.results[i])}<extra></extra>`,
+  }));
+  const [muted, line, card] = ["muted", "line", "card"].map(cssColour);
+  const ticks = scales.flatMap(({ ticks }, k) => ticks.map(([y, text]) => ({ x: k, y, text: plain(text), showarrow: false, xanchor: "left", xshift: 5, bgcolor: card, borderpad: 1, font: { size: 11.5, color: muted } })));
+  const names = axes.map(({ label }, k) => ({ x: k, y: 1.05, yanchor: "bottom", text: `<b>${plain(label)}</b>`, showarrow: false, xanchor: k === 0 ? "left" : k === axes.length - 1 ? "right" : "center" }));
+  const shapes = axes.map((_, k) => ({ type: "line", x0: k, x1: k, y0: 0, y1: 1, line: { color: line, width: 1.5 }, layer: "below" }));
+  const bare = { visible: false, fixedrange: true };
+  return draw("parallel", data, {
+    margin: { l: 12, r: 52, t: 34, b: 14 }, xaxis: { ...bare, range: [-0.04, axes.length - 0.96] }, yaxis: { ...bare, range: [-0.04, 1.06] },
+    more: { annotations: [...ticks, ...names], shapes },
+  });
 }
 
-function dimension(column, shown) {
+/** Where the values of a column stand on an axis from 0 to 1, and which of them are written beside it. */
+function axisScale(column, shown) {
   const cells = shown.map((i) => column.cells[i]);
   const distinct = distinctCells({ ...column, cells });
-  const label = plain(column.label);
-  if (!column.numeric || cells.includes(null) || distinct.length <= 6) {
+  if (!column.numeric || cells.includes(null) || (column.setting && distinct.length <= 8)) {
     const all = cells.includes(null) ? [...distinct, null] : distinct;
-    return { label, values: cells.map((cell) => all.indexOf(cell)), tickvals: all.map((_, k) => k), ticktext: all.map((cell) => plain(short(cell))) };
+    const place = (cell) => (all.length > 1 ? all.indexOf(cell) / (all.length - 1) : 0.5);
+    return { place, ticks: all.map((cell) => [place(cell), clipped(short(cell))]) };
   }
-  const turn = spansDecades(distinct) ? Math.log10 : (value) => value;
-  const ticks = [0, 0.25, 0.5, 0.75, 1].map((t) => distinct[Math.round(t * (distinct.length - 1))]);
-  return { label, values: cells.map(turn), tickvals: ticks.map(turn), ticktext: ticks.map(short) };
+  const place = scale(distinct);
+  const [low, high] = [distinct[0], distinct.at(-1)];
+  const middle = column.setting && spansDecades(distinct) ? Math.sqrt(low * high) : (low + high) / 2;
+  return { place, ticks: [low, middle, high].map((value) => [place(value), short(value)]) };
 }
 
 function drawFronts() {
@@ -149,19 +158,17 @@ function drawDifferences() {
   const sign = DATA.less_is_better ? 1 : -1;
   const order = groups.map((_, k) => k).sort((a, b) => sign * (groups[a].mean - groups[b].mean));
   const baseline = state.baseline ?? order[0];
-  const band = (one) => (one ? `${signed(one.mean)}${one.half === null ? "" : ` ± ${short(one.half)}`}` : "–");
   const rows = order.map((k) => {
     const difference = k === baseline ? null : differences[baseline][k];
     const told = difference && difference.half !== null && Math.abs(difference.mean) > difference.half;
-    const verdict = k === baseline ? "baseline" : !difference ? "no seed in common" : !told ? "cannot be told apart" : sign * difference.mean < 0 ? "better" : "worse";
+    const verdict = k === baseline ? "baseline" : !difference ? "no seed in common" : !told ? "not told apart" : sign * difference.mean < 0 ? "better" : "worse";
     const tone = verdict === "better" ? "right" : verdict === "worse" ? "wrong" : "muted";
-    const half = groups[k].half;
     return el(
       "tr", {},
       el("td", {}, groups[k].name),
       el("td", { class: "number" }, String(groups[k].n)),
-      el("td", { class: "number" }, `${short(groups[k].mean)}${half === null ? "" : ` ± ${short(half)}`}`),
-      el("td", { class: "number" }, k === baseline ? "" : band(difference)),
+      el("td", { class: "number" }, band(groups[k].mean, groups[k].half)),
+      el("td", { class: "number" }, difference ? band(difference.mean, difference.half, true) : ""),
       el("td", { class: tone }, verdict),
     );
   });
@@ -169,5 +176,3 @@ function drawDifferences() {
   $("differences").tHead.replaceChildren(el("tr", {}, ...heads));
   $("differences").tBodies[0].replaceChildren(...rows);
 }
-
-const signed = (value) => (value > 0 ? "+" : "") + short(value);

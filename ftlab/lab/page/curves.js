@@ -9,7 +9,7 @@ const COLOURINGS = [
 ];
 
 function coloured() {
-  const fallback = RUNS.length <= 8 ? "run" : (COLOURINGS.find((one) => one.column?.setting && one.key !== "seed") ?? COLOURINGS.at(-1)).key;
+  const fallback = RUNS.length <= 8 ? "run" : (decisive()?.key ?? "result");
   return COLOURINGS.find((one) => one.key === (state.colour ?? fallback)) ?? COLOURINGS[0];
 }
 
@@ -64,7 +64,7 @@ function drawLegend() {
   };
   let items;
   if (!column) {
-    items = shown.slice(0, 16).map((i) => el("span", {}, line(colours[i].colour, colours[i].dash), RUNS[i].label));
+    items = shown.slice(0, 16).map((i) => el("span", {}, line(colours[i].colour, colours[i].dash), told(i)));
     if (shown.length > 16) items.push(el("span", {}, `and ${shown.length - 16} more`));
   } else {
     const distinct = distinctCells(column);
@@ -95,7 +95,12 @@ function curve(metric, i) {
   return unpacked.get(key);
 }
 
-const bytes = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0)).buffer;
+function bytes(base64) {
+  const text = atob(base64);
+  const found = new Uint8Array(text.length);
+  for (let k = 0; k < text.length; k++) found[k] = text.charCodeAt(k);
+  return found.buffer;
+}
 
 /** Averages over neighbours on both sides: three passes of a moving mean, which come close to Gaussian weights. */
 function smoothed(values, strength) {
@@ -150,40 +155,62 @@ function along(i, steps) {
   });
 }
 
-const IS_VALIDATION = /^val\//;
-
-/** The traces of one metric for the runs that are plotted. */
-function traces(metric, shown, colours, most) {
+/** The curves of one metric for the runs that are plotted. */
+function traces(metric, shown, colours, most, dotted = false) {
   const all = [];
   const faint = state.smooth > 0 && shown.length <= 12;
   for (const i of shown) {
     const found = curve(metric, i);
     if (!found) continue;
-    const { colour, dash } = colours[i];
     const sparse = found.x.length <= 60;
-    const line = { color: colour, width: shown.length > 40 ? 1.1 : 1.8, dash: IS_VALIDATION.test(metric) && state.training && metric !== state.metric ? "dot" : dash };
-    const text = `<b>${plain(RUNS[i].label)}</b><br>${plain(metric)} %{y:.5g}<br>${state.x} %{x:,.0f}<extra></extra>`;
-    const base = { type: "scatter", mode: sparse ? "lines+markers" : "lines", line, marker: { size: found.x.length === 1 ? 8 : 5, color: colour }, hovertemplate: text, showlegend: false };
-    if (faint && !sparse) {
-      const [x, y] = thinned(along(i, found.x), found.y, most);
-      all.push({ ...base, x, y, opacity: 0.22, line: { ...line, width: 1 }, hoverinfo: "skip", hovertemplate: null });
-    }
-    const [x, y] = thinned(along(i, found.x), state.smooth && !sparse ? smoothed(found.mean, state.smooth) : found.y, most);
-    all.push({ ...base, x, y });
+    const style = { colour: colours[i].colour, dash: dotted ? "dot" : colours[i].dash, sparse, single: found.x.length === 1 };
+    const steps = along(i, found.x);
+    if (faint && !sparse) all.push({ run: i, style: { ...style, faint }, points: thinned(steps, found.y, most) });
+    const values = state.smooth && !sparse ? smoothed(found.mean, state.smooth) : found.y;
+    all.push({ run: i, style, points: thinned(steps, values, most) });
   }
-  return all;
+  return joined(all, metric, shown.length > 40);
+}
+
+/** Curves of one style as one trace, with gaps in between: plotly takes its time for each trace. */
+function joined(all, metric, many) {
+  const styles = new Map();
+  for (const one of all) {
+    const key = JSON.stringify(one.style);
+    styles.set(key, [...(styles.get(key) ?? []), one]);
+  }
+  return [...styles.values()].map((group) => {
+    const { colour, dash, sparse, single, faint } = group[0].style;
+    const [x, y, text] = [[], [], []];
+    for (const { run, points } of group) {
+      const label = labelled(run);
+      for (const [k, value] of points[0].entries()) {
+        x.push(value);
+        y.push(points[1][k]);
+        text.push(label);
+      }
+      x.push(null);
+      y.push(null);
+      text.push("");
+    }
+    return {
+      type: "scatter", mode: sparse ? "lines+markers" : "lines", x, y, text, meta: group.map(({ run }) => run), connectgaps: false,
+      line: { color: colour, dash, width: faint ? 1 : many ? 1.1 : 1.8 }, marker: { size: single ? 8 : 5, color: colour }, opacity: faint ? 0.22 : 1,
+      ...(faint ? { hoverinfo: "skip" } : { hovertemplate: `%{text}<br>${plain(metric)} %{y:.5g}<br>${state.x} %{x:,.0f}<extra></extra>` }),
+    };
+  });
 }
 
 function drawCurves() {
   const shown = plotted();
   const colours = runColours();
-  const most = Math.min(1500, Math.max(120, Math.floor(50000 / Math.max(1, shown.length))));
-  const decisive = IS_VALIDATION.test(DATA.metric) && /loss$/.test(DATA.metric) ? DATA.metric : "val/loss";
-  const losses = [...(state.training ? traces("train/loss", shown, colours, most) : []), ...(state.validation ? traces(decisive, shown, colours, most) : [])];
+  const most = Math.min(1500, Math.max(120, Math.floor(40000 / Math.max(1, shown.length))));
+  const validation = /^val\/.*loss$/.test(DATA.metric) ? DATA.metric : "val/loss";
+  const losses = [...(state.training ? traces("train/loss", shown, colours, most) : []), ...(state.validation ? traces(validation, shown, colours, most, state.training) : [])];
   const x = state.x === "step" ? "optimizer step" : "tokens";
-  draw("loss", losses, { x, y: "nats per target token", log: state.log, range: usual(losses) });
+  draw("loss", losses, { x, y: "nats per target token", log: state.log, range: usual(losses), xaxis: { rangemode: "nonnegative" } });
   const others = traces(state.metric, shown, colours, most);
-  draw("other", others, { x, y: state.metric, log: state.log, range: usual(others) });
+  draw("other", others, { x, y: state.metric, log: state.log, range: usual(others), xaxis: { rangemode: "nonnegative" } });
 }
 
 /** The range of y without the few values of a run that diverges, which would flatten all else; null: all of it. */

@@ -71,7 +71,7 @@ function wire() {
 
   const settings = SETTINGS.filter((column) => !column.key.startsWith("run."));
   const results = RESULTS.filter((column) => column.numeric);
-  if (!byKey(state.hx)) state.hx = (settings.find((column) => column.key !== "seed") ?? settings[0])?.key ?? null;
+  if (!byKey(state.hx)) state.hx = decisive()?.key ?? null;
   if (!byKey(state.hy)) state.hy = results[0]?.key ?? null;
   options("hx", [...settings, ...results].map((column) => [column.key, column.label]), state.hx, (value) => choose({ hx: value }, "parameters"));
   options("hy", [...results, ...settings].map((column) => [column.key, column.label]), state.hy, (value) => choose({ hy: value }, "parameters"));

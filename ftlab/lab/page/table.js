@@ -8,6 +8,25 @@ const byKey = (key) => COLUMNS.find((column) => column.key === key);
 const STATUSES = ["running", "completed", "failed", "lost", "pruned", "preempted", "unknown"].filter((status) =>
   RUNS.some((run) => run.status === status),
 );
+/** What sets a run apart, in words; its label alone where nothing does. */
+function told(i) {
+  const settings = SETTINGS.filter((column) => !column.key.startsWith("run.") && (varies(column) || column.cells[i] !== usualCell(column)));
+  return settings.slice(0, 6).map((column) => `${column.label} ${short(column.cells[i])}`).join(", ") || RUNS[i].label;
+}
+
+/** The value that most runs have. */
+function usualCell(column) {
+  const counts = new Map();
+  for (const cell of column.cells) counts.set(cell, (counts.get(cell) ?? 0) + 1);
+  return [...counts].reduce((most, one) => (one[1] > most[1] ? one : most))[0];
+}
+
+/** Whether a setting is more than an exception among the runs. */
+function varies(column) {
+  const usual = usualCell(column);
+  return column.cells.filter((cell) => cell !== usual).length > 0.15 * RUNS.length;
+}
+
 const SIGNS = { running: "◌", completed: "✓", failed: "✕", lost: "✕", pruned: "✂", preempted: "‖", unknown: "?" };
 const off = new Set(state.off ?? []);
 
@@ -21,6 +40,27 @@ function direction(key) {
   if (key === DATA.metric || key === `best ${DATA.metric}`) return DATA.less_is_better ? 1 : -1;
   if (/loss$|perplexity$|peak_gib$/.test(key)) return 1;
   return /exact_match|tokens_per_s|acc/.test(key) ? -1 : 0;
+}
+
+/** The share of the results' variance that a setting's values explain, adjusted for how many values it has. */
+function influence(column) {
+  const judged = RUNS.map((_, i) => i).filter((i) => DATA.results[i] !== null);
+  const groups = new Map();
+  for (const i of judged) groups.set(column.cells[i], [...(groups.get(column.cells[i]) ?? []), DATA.results[i]]);
+  const spread = (values) => {
+    const mean = values.reduce((a, b) => a + b, 0) / values.length;
+    return values.reduce((sum, value) => sum + (value - mean) ** 2, 0);
+  };
+  const [n, k] = [judged.length, groups.size];
+  if (k < 2 || n <= k) return 0;
+  const within = [...groups.values()].reduce((sum, values) => sum + spread(values), 0);
+  return 1 - within / (n - k) / (spread(judged.map((i) => DATA.results[i])) / (n - 1));
+}
+
+/** The setting that matters most, as far as the runs tell. */
+function decisive() {
+  const candidates = SETTINGS.filter((column) => column.key !== "seed" && !column.key.startsWith("run."));
+  return candidates.reduce((best, column) => (best && influence(best) >= influence(column) ? best : column), null) ?? SETTINGS[0] ?? null;
 }
 
 // ---- filter: words to be found in a run, and comparisons such as lr>=1e-4

@@ -24,7 +24,7 @@ const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;"
 const KEY = "ftlab report " + location.pathname;
 const state = Object.assign(
   {
-    sort: null, descending: false, filter: "", hidden: [], off: null, x: "step", smooth: 0, log: false, colour: null,
+    sort: null, descending: false, filter: "", hidden: [], off: null, x: "step", smooth: 30, log: false, colour: null,
     training: true, validation: true, metric: null, hx: null, hy: null, baseline: null, prompt: 0, theme: null,
   },
   remembered(),
@@ -63,11 +63,20 @@ function short(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (typeof value !== "number") return String(value);
   const size = Math.abs(value);
+  if (size >= 1e12) return value.toExponential().replace("+", "");
   if (size >= 1e9) return `${trimmed(value / 1e9)} G`;
   if (size >= 1e6) return `${trimmed(value / 1e6)} M`;
-  if (size >= 1e4) return thousands(value);
+  if (size >= 1e3) return thousands(value, size < 1e4 && !Number.isInteger(value) ? 1 : 0);
   if (size !== 0 && size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e").replace("-", "−").replace("e-", "e−");
   return trimmed(value);
+}
+
+/** A mean and the half width of its interval, no finer than the interval tells. */
+function band(mean, half, sign = false) {
+  const plus = sign && mean > 0 ? "+" : "";
+  if (half === null) return plus + short(mean);
+  const digits = half > 0 ? Math.min(8, Math.max(0, 1 - Math.floor(Math.log10(half)))) : 4;
+  return `${plus}${thousands(mean, digits).replace("-", "−")} ± ${thousands(half, digits)}`;
 }
 
 const trimmed = (value) => String(Number(value.toPrecision(4))).replace("-", "−");

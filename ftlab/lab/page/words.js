@@ -13,19 +13,17 @@ function drawTiles() {
   const sum = (key) => (byKey(key)?.cells ?? []).reduce((total, cell) => total + (cell ?? 0), 0);
   const tiles = [];
   if (DATA.best !== null) {
-    const settings = SETTINGS.filter((column) => !column.key.startsWith("run.")).slice(0, 4);
-    const told = settings.map((column) => `${column.label} ${short(column.cells[DATA.best])}`).join(", ");
-    tiles.push(tile(`best ${DATA.metric}`, thousands(DATA.results[DATA.best], 4), told || RUNS[DATA.best].label));
+    tiles.push(tile(`best ${DATA.metric}`, thousands(DATA.results[DATA.best], 4), told(DATA.best)));
   }
   const match = byKey("val/exact_match");
   if (match) {
     const most = Math.max(...match.cells.filter((cell) => cell !== null));
-    tiles.push(tile("best exact match", `${(100 * most).toFixed(1)} %`, RUNS[match.cells.indexOf(most)].label));
+    tiles.push(tile("best exact match", `${(100 * most).toFixed(1)} %`, told(match.cells.indexOf(most))));
   }
   const speed = byKey("perf/tokens_per_s");
   if (speed) {
     const most = Math.max(...speed.cells.filter((cell) => cell !== null));
-    tiles.push(tile("fastest", `${short(Math.round(most))} tokens/s`, RUNS[speed.cells.indexOf(most)].label));
+    tiles.push(tile("fastest", `${short(Math.round(most))} tokens/s`, told(speed.cells.indexOf(most))));
   }
   tiles.push(tile("trained", `${short(sum("tokens"))} tokens`, `${thousands(sum("steps"))} steps in ${duration(sum("duration_s"))} of runs`));
   $("tiles").replaceChildren(...tiles);
@@ -48,7 +46,7 @@ function drawFailures() {
     return el(
       "div", { class: "card failure" },
       el("div", { class: "cardhead" }, el("h3", {}, el("a", { href: run.link }, run.label)), statusOf(run)),
-      el("p", { class: "muted" }, `${kind} · after ${thousands(run.step)} steps`),
+      el("p", { class: "muted" }, `${told(RUNS.indexOf(run))} · ${kind} · after ${thousands(run.step)} steps`),
       message ? el("pre", {}, message) : null,
       el("div", { class: "links" }, ...links),
     );
@@ -57,7 +55,7 @@ function drawFailures() {
   $("failed").replaceChildren(...cards);
 }
 
-const MOST_ANSWERS = 24;
+const MOST_ANSWERS = 18;
 
 function drawSamples() {
   if (!DATA.samples.length) return;
@@ -73,7 +71,7 @@ function drawSamples() {
       "div", { class: "card answer" },
       el(
         "div", { class: "cardhead" },
-        el("span", { title: RUNS[answer.run].label }, el("span", { class: "swatch", style: `display:inline-block;margin-right:7px;background:${colours[answer.run].colour}` }), RUNS[answer.run].label),
+        el("span", { title: RUNS[answer.run].label }, el("span", { class: "swatch", style: `display:inline-block;margin-right:7px;background:${colours[answer.run].colour}` }), told(answer.run)),
         answer.correct === null || answer.correct === undefined ? el("span", { class: "muted" }, `step ${thousands(answer.step)}`) : answer.correct ? el("span", { class: "right" }, "✓ right") : el("span", { class: "wrong" }, "✕ wrong"),
       ),
       el("div", { class: "text" }, answer.text || "(nothing)"),

@@ -1,0 +1,184 @@
+"""Runs measured after the fact, and compared with what they logged themselves and with transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from ftlab.cli import main
+from ftlab.errors import ConfigError, ConfigErrors
+from ftlab.lab.evaluate import evaluate, evaluate_tasks, runs_and_overrides
+from ftlab.lab.runs import RunRecord
+from ftlab.lab.summary import summarise
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A few steps on the embedded data, with two checkpoints and an export."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    small = (
+        "model.dim=32",
+        "model.n_layers=2",
+        "model.ffn_hidden_dim=48",
+        "optimizer.lr=0.01",
+        "evaluation.at_start=false",
+    )
+    steps = (
+        "trainer.max_steps=12",
+        "checkpoint.every_steps=6",
+        "evaluation.every_steps=6",
+        "evaluation.max_new_tokens=4",
+    )
+    command = [sys.executable, "train.py", f"hydra.run.dir={folder}", "logger=[jsonl]", *small, *steps]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def test_a_run_measured_again_gives_what_it_logged_itself(run):
+    logged = {row["step"]: row for row in RunRecord(run).metrics if "val/loss" in row}
+    for address, step, weights in (
+        (str(run), 12, "export"),
+        (f"{run}@6", 6, "checkpoints/step_00000006"),
+    ):
+        [found] = evaluate([address])
+        assert (found["on"], found["step"], found["weights"], found["rows"]) == ("tiny", step, weights, 240)
+        assert found["scores"]["loss"] == pytest.approx(logged[step]["val/loss"], rel=1e-9)
+        assert found["scores"]["exact_match"] == logged[step]["val/exact_match"]
+        assert len(found["samples"]) == 8
+    noted = RunRecord(run).evaluations
+    assert [one["step"] for one in noted] == [12, 6]
+
+
+def test_other_rows_and_worked_answers_are_measured_as_transformers_does(run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    draw = random.Random(3)
+    pairs = [(draw.randrange(90), draw.randrange(90)) for _ in range(24)]
+    rows = [{"instruction": f"What is {a} + {b}?", "output": f"{a} + {b} = {a + b}\n#### {a + b}"} for a, b in pairs]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = ["dataset=instruct", f"dataset.data_files={tmp_path / 'sums.jsonl'}", "dataset.val_fraction=0.5"]
+    changes += ["dataset.source=json", "dataset.column_map.input=null"]
+    [found] = evaluate([str(run)], [*changes, "evaluation.max_new_tokens=2"])
+    assert found["on"] == "sums.jsonl"
+    assert found["scores"]["exact_match"] == 0.0  # two tokens hold no worked answer
+    assert found["scores"]["perplexity"] == pytest.approx(math.exp(found["scores"]["loss"]))
+
+    from ftlab.assembly import read_data
+    from ftlab.config.resume import overlaid
+    from ftlab.lab.trained import open_trained
+
+    trained = open_trained(str(run))
+    config = overlaid(trained.config, changes, run, ("dataset.",))
+    held_out = read_data(config, trained.tokenizer).validation
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float64)
+    nll, n_targets = 0.0, 0
+    for i in range(len(held_out)):
+        tokens, trained_on = torch.tensor(held_out.tokens(i).tolist()), torch.tensor(held_out.trained(i).tolist())
+        with torch.no_grad():
+            log_probs = oracle(tokens[None]).logits[0, :-1].log_softmax(-1)
+        picked = log_probs.gather(-1, tokens[1:, None]).squeeze(-1)[trained_on[1:]]
+        nll, n_targets = nll - picked.sum().item(), n_targets + len(picked)
+    assert len(held_out) == found["rows"] >= 6
+    assert found["scores"]["loss"] == pytest.approx(nll / n_targets, rel=1e-5)
+
+
+def test_several_runs_are_one_table_and_reports_know_the_scores(run, capsys):
+    assert main(["evaluate", str(run), f"{run}@6", "evaluation.max_batches=1"]) == 0
+    table = capsys.readouterr().out
+    assert table.count(run.name) >= 2
+    assert "exact_match" in table
+    column = summarise([RunRecord(run)]).column("tiny: loss")
+    assert column.cells == [RunRecord(run).evaluations[-1]["scores"]["loss"]]
+
+
+def test_what_the_run_settled_cannot_be_changed_and_the_error_says_what_can(run):
+    with pytest.raises(ConfigErrors, match=r"optimizer\.lr: was settled by the run .* dataset\.…, evaluation\."):
+        evaluate([str(run)], ["optimizer.lr=1"])
+    with pytest.raises(ConfigErrors, match=r"did you mean evaluation\.max_batches"):
+        evaluate([str(run)], ["evaluation.max_batch=1"])
+
+
+def test_folders_with_an_equals_sign_are_runs(tmp_path, monkeypatch):
+    (tmp_path / "lr=1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = ["lr=1", "lr=1@best", "dataset=gsm8k", "outputs/latest", "+dataset.x=1", "a/0_lr=2@50"]
+    assert runs_and_overrides(given) == (
+        ["lr=1", "lr=1@best", "outputs/latest", "a/0_lr=2@50"],
+        ["dataset=gsm8k", "+dataset.x=1"],
+    )
+    with pytest.raises(ConfigError, match="no run is named"):
+        runs_and_overrides(["dataset=gsm8k"])
+
+
+# ---- lm-eval
+
+
+@pytest.fixture
+def local_task(tmp_path):
+    """A multiple-choice task whose questions are in a file here."""
+    words = ("cold", "up", "yes", "big", "old")
+    choices = ["hot", "down", "no"]
+    questions = [
+        {"question": f"Opposite of {word}?", "choices": choices, "label": i % 3} for i, word in enumerate(words)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
+    (tmp_path / "opposites.yaml").write_text(
+        f"""
+task: ftlab_opposites
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "questions.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+    )
+    return tmp_path, questions
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra eval is not installed")
+def test_lm_eval_reads_the_export_and_scores_as_the_likelihoods_say(run, local_task):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, questions = local_task
+    [found] = evaluate_tasks([str(run)], ["ftlab_opposites"], ["device=cpu"], folder)
+    model = AutoModelForCausalLM.from_pretrained(run / "export")
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+
+    def likelihood(question, choice):
+        start = tokenizer(question).input_ids
+        whole = torch.tensor(tokenizer(f"{question} {choice}").input_ids)
+        with torch.no_grad():
+            log_probs = model(whole[None]).logits[0, :-1].log_softmax(-1)
+        return log_probs.gather(-1, whole[1:, None])[len(start) - 1 :].sum().item()
+
+    right = [
+        max(range(3), key=lambda k, one=one: likelihood(one["question"], one["choices"][k])) == one["label"]
+        for one in questions
+    ]
+    assert found["scores"]["acc"] == pytest.approx(sum(right) / len(right))
+    assert (found["on"], found["step"]) == ("ftlab_opposites", 12)
+    assert RunRecord(run).evaluations[-1]["harness"].startswith("lm-eval ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra eval is not installed")
+def test_an_unknown_task_is_refused(run):
+    with pytest.raises(ConfigError, match=r"no_such_task is none of the [\d,]+ that lm-eval"):
+        evaluate_tasks([str(run)], ["no_such_task"])
+
+
+def test_without_lm_eval_the_error_names_the_extra(run, monkeypatch):
+    monkeypatch.setattr("ftlab.lab.evaluate.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"lm-eval is not installed\n  try: pip install 'ftlab\[eval\]'"):
+        evaluate_tasks([str(run)], ["hellaswag"])
