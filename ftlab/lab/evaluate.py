@@ -112,7 +112,7 @@ def _name(dataset: dict[str, Any]) -> str:
 def _warn_of_short_answers(rows: Samples | JoinedSamples, evaluation: EvaluationConfig) -> None:
     """An answer that is cut off is never right."""
     some = range(min(len(rows), 256))
-    lengths = [len(rows.sample(i).tokens) - len(rows.prompt_tokens(i)) for i in some]
+    lengths = [len(rows.sample(i).tokens) - len(rows.prompt_tokens(i)) - 1 for i in some]  # EOS need not be generated
     longer = float(np.mean(np.array(lengths) > evaluation.max_new_tokens)) if lengths else 0.0
     if longer > 0.05 and evaluation.n_samples:
         log.warning(

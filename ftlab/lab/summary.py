@@ -181,8 +181,14 @@ def _settings(runs: list[RunRecord]) -> list[Column]:
             hint=key,
             cells=[_cell(key, value) for value in values],
         )
-        for key, values in sorted(varying.items(), key=lambda item: (item[0].startswith("run."), item[0] == "seed"))
+        for key, values in sorted(varying.items(), key=lambda item: _place(*item))
     ]
+
+
+def _place(key: str, values: list[Any]) -> tuple[bool, bool, bool]:
+    """Settings first, the seed, then those in which a few runs are exceptions, and what is no setting at all."""
+    _, usual = Counter(to_json(value) for value in values).most_common(1)[0]
+    return key.startswith("run."), len(values) - usual <= 0.15 * len(values), key == "seed"
 
 
 def _environment(runs: list[RunRecord]) -> dict[str, list[Any]]:

@@ -115,7 +115,7 @@ const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
 const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725"];
 
 const categories = () => CATEGORIES[isDark() ? "dark" : "light"];
-const ramp = () => (isDark() ? VIRIDIS.slice(2) : VIRIDIS.slice(0, 7)); // what would vanish into the ground left out
+const ramp = () => (isDark() ? VIRIDIS.slice(2) : [...VIRIDIS.slice(0, 7), "#93b81f"]); // nothing that vanishes into the ground
 
 /** The ramp's colour at t in [0, 1]. */
 function at(t) {
