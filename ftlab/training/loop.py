@@ -234,6 +234,7 @@ def fit(run: Run) -> signal.Signals | None:
     progress = run.state.progress
     window = LogWindow(run)
     with run.wishes.listening():
+        prove_if_due(run)  # an epoch that ended right before a kill
         evaluate_if_due(run)
         asked = run.wishes.agreed_now(run.parallel)
         run.clock.enter("data")
@@ -254,8 +255,7 @@ def fit(run: Run) -> signal.Signals | None:
             asked = run.wishes.agreed(metrics.wishes)
             validation = evaluate_if_due(run) if asked.stop is None else {}
             save_if_due(run, window, asked, validation)
-            if run.ledger is not None and run.ends_epoch:
-                run.ledger.end_epoch(progress.epoch, progress.step, progress.epoch_step, run.loader, run.parallel)
+            prove_if_due(run)
             if asked.stop is not None or run.out_of_patience:
                 break
             run.clock.enter("data")
@@ -301,6 +301,13 @@ def save_if_due(run: Run, window: LogWindow, asked: Agreed, validation: Metrics)
         if run.ledger is not None:
             run.ledger.flush()
         run.checkpointer.save(validation, last=ends_run or asked.stop is not None)
+
+
+def prove_if_due(run: Run) -> None:
+    """After the last step of an epoch, have the ledger prove it, unless it has."""
+    progress = run.state.progress
+    if run.ledger is not None and run.ends_epoch:
+        run.ledger.end_epoch(progress.epoch, progress.step, progress.epoch_step, run.loader, run.parallel)
 
 
 def remaining_steps(run: Run) -> Iterator[list[Batch]]:

@@ -116,7 +116,19 @@ def test_r2_killed_after_every_kind_of_change_on_every_rank(n: int, tmp_path: Pa
                                 half_way(folder)
                             kill_at(folder, KillAt(rank, point, rng.randrange(count)), point)
                             check_what_is_left(folder)
-                            assert_same(folder, folder.train())
+                            go_on(folder)
+
+
+def test_an_epoch_whose_proof_a_kill_prevented_is_proven_when_the_run_goes_on(tmp_path: Path) -> None:
+    """The last checkpoint is complete, old ones are being removed: nothing is left to train, but something to prove."""
+    folder = Folder(tmp_path / "run")
+    other, _ = reference()
+    [*_, last] = [event for event in other.events() if event.point == "remove MANIFEST.json"]
+    with folder.interrupt(KillAt(0, None, last.number)) as trial:
+        trial.end()
+    assert folder.checkpoints.complete()[-1].step == 12
+    assert '"epoch": 1' not in folder.ledger().get("epochs.jsonl", "")
+    assert_same(folder, folder.train())
 
 
 def half_way(folder: Folder) -> None:
