@@ -8,10 +8,18 @@ const byKey = (key) => COLUMNS.find((column) => column.key === key);
 const STATUSES = ["running", "completed", "failed", "lost", "pruned", "preempted", "unknown"].filter((status) =>
   RUNS.some((run) => run.status === status),
 );
+const TOLD = [];
+let telling = null; // settings, the value of most runs, and whether it is always told
+
 /** What sets a run apart, in words; its label alone where nothing does. */
 function told(i) {
-  const settings = SETTINGS.filter((column) => !column.key.startsWith("run.") && (varies(column) || column.cells[i] !== usualCell(column)));
-  return settings.slice(0, 6).map((column) => `${column.label} ${short(column.cells[i])}`).join(", ") || RUNS[i].label;
+  telling ??= SETTINGS.filter((column) => !column.key.startsWith("run.")).map((column) => [column, usualCell(column), varies(column)]);
+  return (TOLD[i] ??=
+    telling
+      .filter(([column, usual, always]) => always || column.cells[i] !== usual)
+      .slice(0, 6)
+      .map(([column]) => `${column.label} ${short(column.cells[i])}`)
+      .join(", ") || RUNS[i].label);
 }
 
 /** The value that most runs have. */
