@@ -26,7 +26,7 @@ from ftlab.distributed.launch import (
 )
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError, DataError
-from ftlab.forecast import MemoryMeter, Setting, available_bytes, forecast_or_none, refuse_unfit
+from ftlab.forecast import MemoryMeter, Setting, available_bytes, forecast_or_none, refuse_unfit, with_batch_size
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
 from ftlab.models.auto import AnyModel, AnyModelConfig, find_model
@@ -182,6 +182,7 @@ def assemble(
         fill = (lambda _: None) if goes_on else weights_of(opened)
     if team is not None:
         team.watch.beat(0, "build model")
+    config = _with_batch_size(config, model_config, data, worker, team)
     predicted, meter = _forecast(config, model_config, data, worker), MemoryMeter(worker.device)
     run = assemble_run(
         config,
@@ -231,17 +232,37 @@ def read_data(config: Config, tokenizer: Tokenizer, **given: Any) -> Dataset | M
     return found
 
 
-def _forecast(config: Config, model: AnyModelConfig, data: Dataset | Mixture, worker: WorkerEnv) -> Rehearsal | None:
-    """What the run will take of memory; refused where that is clearly not there."""
-    if not isinstance(model, ModelConfig):  # what transformers' models do with memory is not rehearsed
-        return None
-    setting = Setting(
+def _setting(data: Dataset | Mixture, worker: WorkerEnv) -> Setting:
+    return Setting(
         longest=int(data.train.lengths.max()),
         longest_validation=int(data.validation.lengths.max()) if data.validation is not None else None,
         n_ranks=worker.world_size,
         n_local_ranks=worker.local_world_size,
         on_cuda=worker.device.type == "cuda",
     )
+
+
+def _with_batch_size(
+    config: Config, model: AnyModelConfig, data: Dataset | Mixture, worker: WorkerEnv, team: Team | None
+) -> Config:
+    """``config`` with a number for ``trainer.batch_size=auto``, the first rank's."""
+    if config["trainer"]["batch_size"] != "auto":
+        return config
+    available = available_bytes(worker.device, worker.local_world_size)
+    known = model if isinstance(model, ModelConfig) else None
+    found = with_batch_size(config, known, _setting(data, worker), available)
+    size: int = found["trainer"]["batch_size"]
+    if team is not None:
+        size = int(team.from_first("batch_size", str(size)))
+    log.info("trainer.batch_size=%d: the largest that fits", size)
+    return found | {"trainer": found["trainer"] | {"batch_size": size}}
+
+
+def _forecast(config: Config, model: AnyModelConfig, data: Dataset | Mixture, worker: WorkerEnv) -> Rehearsal | None:
+    """What the run will take of memory; refused where that is clearly not there."""
+    if not isinstance(model, ModelConfig):  # what transformers' models do with memory is not rehearsed
+        return None
+    setting = _setting(data, worker)
     predicted = forecast_or_none(config, model, setting)
     if predicted is not None:
         available = available_bytes(worker.device, worker.local_world_size)
@@ -379,7 +400,7 @@ def weights_in(folder: Path, new_ids: range = range(0)) -> Fill:
 
 def weights_of(opened: Opened) -> Fill:
     """Loads those of a checkpoint of ours."""
-    return lambda model: restore_weights(model, opened.stored, opened.path)
+    return lambda model: restore_weights(model, opened.stored, opened.told, opened.path)
 
 
 def build_model(config: AnyModelConfig, fill: Fill, precision: Precision, parallel: Parallelism) -> AnyModel:

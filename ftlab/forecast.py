@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,6 +86,43 @@ def forecast_or_none(config: Config, model: ModelConfig, setting: Setting) -> Re
     except Exception as error:
         log.debug("no forecast of memory: %s", error, exc_info=True)
         return None
+
+
+def with_batch_size(config: Config, model: ModelConfig | None, setting: Setting, available: int) -> Config:
+    """``config``, its ``trainer.batch_size=auto`` made the largest that a forecast fits into ``available`` bytes.
+
+    It divides what is each rank's share of ``trainer.global_batch_size``: which rows a step takes, and its gradient,
+    do not depend on what is found.
+
+    Args:
+        model: None where there is no forecast.
+
+    Raises:
+        ConfigError: the rows cannot be shared equally, or nothing can be forecast.
+    """
+    trainer = config["trainer"]
+    if trainer["batch_size"] != "auto":
+        return config
+    key, rows = "trainer.global_batch_size", trainer["global_batch_size"]
+    if rows % setting.n_ranks:
+        nearest = max(1, round(rows / setting.n_ranks)) * setting.n_ranks
+        problem = f"{rows} is not a multiple of the {setting.n_ranks} data-parallel ranks"
+        raise ConfigError(key, problem, f"{key}={nearest}")
+    share = rows // setting.n_ranks
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+
+    def with_size(size: int) -> Config:
+        return _with(config, trainer={"batch_size": size})
+
+    def is_too_large(size: int) -> bool:
+        found = forecast_or_none(with_size(size), model, setting) if model is not None else None
+        if found is None:
+            problem = "auto, but there is no forecast of this model's or optimizer's memory"
+            raise ConfigError("trainer.batch_size", problem, "trainer.batch_size=1")
+        return found.peak * CLEAR_EXCESS > available
+
+    # The smallest is taken where none fits: what helps then is said where that is found out.
+    return with_size(sizes[max(0, bisect_left(sizes, True, key=is_too_large) - 1)])
 
 
 def available_bytes(device: torch.device, n_local_ranks: int) -> int:
@@ -170,6 +208,9 @@ def changes(config: Config, setting: Setting) -> Iterator[Change]:
     for mode in more_recomputed:
         recomputed = _with(config, parallelism={"activation_checkpointing": mode})
         yield Change([f"parallelism.activation_checkpointing={mode}"], recomputed, setting.n_ranks)
+    if config["trainer"]["max_grad_norm"] is None and _with_gradients_kept(config, setting.n_ranks):
+        within = _with(config, trainer={"optimizer_in_backward": True})
+        yield Change(["trainer.optimizer_in_backward=true"], within, setting.n_ranks)
     for said, trainer in sizes:
         yield Change(said, _with(config, trainer=trainer), setting.n_ranks)
     least = _with(config, parallelism={"activation_checkpointing": "full"})
@@ -180,11 +221,31 @@ def changes(config: Config, setting: Setting) -> Iterator[Change]:
         least, said = _with(least, trainer=sizes[-1][1]), [*said, *sizes[-1][0]]
     if setting.on_cuda:
         yield from _over_more_ranks([([], config), (said, least)], setting.n_ranks)
-    for group, option in (("precision", "bf16_mixed"), ("precision", "bf16"), ("optimizer", "sgd")):
+    for group, option in (
+        ("precision", "bf16_mixed"),
+        ("precision", "bf16"),
+        ("optimizer", "adamw_8bit"),
+        ("optimizer", "sgd"),
+    ):
         if config[group] != _option(group, option):
             said = [one for one in said if not one.startswith(f"{group}=")] + [f"{group}={option}"]
             least = least | {group: _option(group, option)}
             yield Change(list(said), least, setting.n_ranks)
+
+
+def _with_gradients_kept(config: Config, n_ranks: int) -> bool:
+    """Whether gradients are kept though nothing needs them together: then they need not be."""
+    trainer, alone = build(config["trainer"]), ("ftlab.distributed.single.Single", "ftlab.distributed.fsdp.FSDP")
+    return (
+        not trainer.optimizer_in_backward
+        and trainer.accumulation_steps(n_ranks) == 1
+        and config["parallelism"]["_target_"] in alone
+        and not config["parallelism"].get("cpu_offload")
+        and not config["precision"]["loss_scaling"]
+        and config["optimizer"]["_target_"] in ("torch.optim.AdamW", "torch.optim.SGD")
+        and trainer.max_skipped_steps == 0
+        and trainer.spike_sigma is None
+    )
 
 
 def _smaller_batches(trainer: Config, n_ranks: int) -> Iterator[tuple[list[str], Config]]:

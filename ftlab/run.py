@@ -37,6 +37,7 @@ from ftlab.training.export import export_model
 from ftlab.training.ledger import Ledger
 from ftlab.training.loop import Run, fit
 from ftlab.training.observers import make_observers
+from ftlab.training.update import averaged
 from ftlab.training.wishes import ending_on_signals, ignore_signals
 
 log = logging.getLogger(__name__)
@@ -196,6 +197,9 @@ def _train(
     opened = open_checkpoint(Path(source.path)) if source else None
     experiment = assemble(config, recorder, worker, team, opened, goes_on=source is not None and source.goes_on)
     run, folder = experiment.run, recorder.folder
+    if worker.rank == 0 and experiment.config != config:  # what was found is what a resumed run goes on with
+        folder.write_config(experiment.config)
+        config = experiment.config
     keep: CheckpointConfig = build(config["checkpoint"])
     run.checkpointer = experiment.checkpointer(folder, keep, opened)
     logged_until = 0
@@ -272,16 +276,17 @@ def _export(experiment: Experiment, recorder: Recorder) -> None:
     run, folder = experiment.run, recorder.folder
     progress = run.state.progress
     run.clock.enter("save")
-    export_model(
-        run.state.model,
-        experiment.tokenizer,
-        folder.path / "export",
-        dtype=run.precision.weights,
-        precision=run.precision,
-        parallel=run.parallel,
-        about={"run": folder.run_id, "step": progress.step},
-        card=model_card(experiment.info(folder, 0), progress, recorder.latest, commit=experiment.commit),
-    )
+    with averaged(run.state.optimizer):
+        export_model(
+            run.state.model,
+            experiment.tokenizer,
+            folder.path / "export",
+            dtype=run.precision.weights,
+            precision=run.precision,
+            parallel=run.parallel,
+            about={"run": folder.run_id, "step": progress.step},
+            card=model_card(experiment.info(folder, 0), progress, recorder.latest, commit=experiment.commit),
+        )
     recorder.artifacts.append(folder.path / "export")
 
 

@@ -13,7 +13,7 @@ Values = Mapping[str, Any]
 
 def contradictions(values: Values) -> Iterator[ConfigError]:
     """Check ``values`` (dotted key to value). Keys that are missing, or broken already, take part in no rule."""
-    for rule in (_length, _portions, _warmup, _sequence, _packing, _heads, _mesh, _in_backward, _moments, _profile):
+    for rule in (_length, _portions, _warmup, _sequence, _packing, _heads, _mesh, _in_backward, _optimizers, _profile):
         yield from rule(values)
 
 
@@ -40,6 +40,11 @@ def _portions(values: Values) -> Iterator[ConfigError]:
         f"trainer.{name}" for name in ("batch_size", "gradient_accumulation_steps", "global_batch_size")
     )
     if not _has(values, batch, accumulation, whole):
+        return
+    if values[batch] == "auto":
+        if values[whole] is None:
+            problem = f"auto, but without {whole} the samples of a step would depend on the memory there is"
+            yield ConfigError(batch, problem, override(whole, 32))
         return
     if (values[accumulation] is None) == (values[whole] is None):
         state = "neither is" if values[whole] is None else f"both are: {values[accumulation]} and {values[whole]}"
@@ -128,10 +133,22 @@ def _in_backward(values: Values) -> Iterator[ConfigError]:
         yield ConfigError(key, "true, but parallelism=ddp exchanges gradients after they are made", "parallelism=fsdp")
 
 
-def _moments(values: Values) -> Iterator[ConfigError]:
+def _optimizers(values: Values) -> Iterator[ConfigError]:
     key = "optimizer.moment_bits"
     if values.get(key) not in (None, 8, 16):
         yield ConfigError(key, f"must be 8 or 16, got {values[key]}", override(key, 8))
+    target = str(values.get("optimizer._target_"))
+    strategy = str(values.get("parallelism._target_"))
+    if target == "torch.optim.Adafactor" and strategy.startswith("ftlab.distributed.fsdp."):
+        problem = "adafactor averages over whole matrices, and torch's knows nothing of shards"
+        yield ConfigError("optimizer", problem, "optimizer=adamw_8bit, or parallelism=ddp")
+    schedule = str(values.get("scheduler._target_"))
+    if target.endswith(".ScheduleFreeAdamW") and schedule not in ("None", "ftlab.optim.schedules.Constant"):
+        problem = f"schedule_free averages instead of decaying, but {schedule.rpartition('.')[2]} decays"
+        yield ConfigError("scheduler", problem, "scheduler=constant")
+    if values.get("trainer.optimizer_in_backward") and target.rpartition(".")[2] in ("Muon", "ScheduleFreeAdamW"):
+        problem = f"true, but {target.rpartition('.')[2]} does not update each weight by itself"
+        yield ConfigError("trainer.optimizer_in_backward", problem, "optimizer=adamw")
 
 
 def _profile(values: Values) -> Iterator[ConfigError]:

@@ -182,6 +182,7 @@ COUNT = Number(whole=True, low=1)
 OPTIONAL_COUNT = Number(whole=True, low=1, optional=True)
 SHARE = Number(name="share", low=0, below=1)  # of something; all of it would leave nothing
 DTYPE = OneOf(("float32", "bfloat16", "float16"))
+_EPS = Number(low=0, open_low=True, example=1e-8)
 FILES = AnyOf((Text(), ListOf(Text())), optional=True)
 
 RULES: dict[str, Rule] = {
@@ -228,7 +229,7 @@ RULES: dict[str, Rule] = {
     "loss.z_loss": Number(low=0),
     "optimizer.lr": Number(low=0, open_low=True, example=2e-5),
     "optimizer.betas": ListOf(Number(name="beta", low=0, below=1, example=0.9), length=2, example=[0.9, 0.95]),
-    "optimizer.eps": Number(low=0, open_low=True, example=1e-8),
+    "optimizer.eps": AnyOf((_EPS, ListOf(_EPS, length=2))),
     "optimizer.weight_decay": Number(low=0),
     "optimizer.momentum": SHARE,
     "scheduler.warmup_steps": Number(whole=True, low=0, optional=True),
@@ -247,7 +248,7 @@ RULES: dict[str, Rule] = {
     "trainer.epochs": OPTIONAL_COUNT,
     "trainer.max_steps": OPTIONAL_COUNT,
     "trainer.max_steps_per_epoch": OPTIONAL_COUNT,
-    "trainer.batch_size": COUNT,
+    "trainer.batch_size": AnyOf((COUNT, OneOf(("auto",)))),
     "trainer.gradient_accumulation_steps": OPTIONAL_COUNT,
     "trainer.global_batch_size": OPTIONAL_COUNT,
     "trainer.max_grad_norm": Number(low=0, open_low=True, optional=True, example=1.0),
@@ -255,6 +256,9 @@ RULES: dict[str, Rule] = {
     "trainer.max_skipped_steps": Number(whole=True, low=0),
     "trainer.spike_sigma": Number(low=0, open_low=True, optional=True, example=6.0),
     "trainer.profile_steps": ListOf(COUNT, length=2, optional=True, example=[4, 6]),
+    "optimizer.beta2_decay": Number(at_most=0, example=-0.8),
+    "optimizer.d": Number(low=0, open_low=True, example=1.0),
+    "optimizer.ns_steps": COUNT,
     "optimizer.moment_bits": Number(whole=True, low=8, at_most=16),
     "checkpoint.every_steps": OPTIONAL_COUNT,
     "checkpoint.every_minutes": Number(low=0, open_low=True, optional=True, example=30),

@@ -74,7 +74,7 @@ def locate(target: str, key: str) -> type:
         raise ConfigError(key, f"{target} cannot be imported: {error}") from error
     home = str(getattr(found, "__module__", ""))
     package = "torch.optim" if target.startswith("torch.") else "ftlab"
-    if not inspect.isclass(found) or not home.startswith(f"{package}."):
+    if not inspect.isclass(found) or not f"{home}.".startswith(f"{package}."):
         kind = f"{'a class' if inspect.isclass(found) else 'no class'} of {home or 'no module'}"
         raise ConfigError(key, f"{target!r} is not in the allowlist: it is {kind}, {_RULE}")
     return found

@@ -17,7 +17,7 @@ from ftlab.data.mixture import Mixture
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.env import describe_device, pick_device
 from ftlab.errors import ConfigError
-from ftlab.forecast import Setting, available_bytes, forecast, n_workers, smallest_change
+from ftlab.forecast import Setting, available_bytes, forecast, n_workers, smallest_change, with_batch_size
 from ftlab.models.config import ModelConfig
 from ftlab.models.layouts import described_sizes
 from ftlab.models.resize import fit_vocabulary
@@ -76,7 +76,10 @@ def plan(overrides: Sequence[str], given: Given) -> dict[str, Any]:
     n_ranks, n_local = n_workers(config, device)
     tokenizer = _tokenizer(config)
     model = _model(config, tokenizer)
-    counts = _counts(config, tokenizer, n_ranks, given)
+    auto = config["trainer"]["batch_size"] == "auto"
+    # How many steps and rows there are does not depend on the size that is found.
+    counted = config | {"trainer": config["trainer"] | {"batch_size": 1}} if auto else config
+    counts = _counts(counted, tokenizer, n_ranks, given)
     on_cuda = device.type == "cuda" or given.memory_gib is not None
     setting = Setting(
         longest=counts.longest,
@@ -85,8 +88,9 @@ def plan(overrides: Sequence[str], given: Given) -> dict[str, Any]:
         n_local_ranks=n_local,
         on_cuda=on_cuda,
     )
-    rehearsal = forecast(config, model, setting)
     available = int(given.memory_gib * GIB) if given.memory_gib is not None else available_bytes(device, n_local)
+    config = with_batch_size(config, model, setting, available)
+    rehearsal = forecast(config, model, setting)
     fits = rehearsal.peak <= available
     change = None if fits else smallest_change(rehearsal, config, model, setting, available)
     accumulation = build(config["trainer"]).accumulation_steps(n_ranks)

@@ -92,6 +92,8 @@ def _trials(kept: list[str], asked: list[str], given: Config, n_ranks: int) -> I
     """Name and configuration of every way to compute the same steps; the reference first."""
     trainer = given["trainer"]
     batch_size, rows = trainer["batch_size"], trainer["global_batch_size"]
+    if batch_size == "auto":
+        raise ConfigError("trainer.batch_size", "auto, but what is compared needs one size", "trainer.batch_size=4")
     if rows is None:
         rows = batch_size * trainer["gradient_accumulation_steps"] * n_ranks
     if rows % (batch_size * n_ranks):

@@ -23,7 +23,7 @@ from ftlab.training.ledger import Ledger
 from ftlab.training.metrics import PhaseClock, peak_memory_gib
 from ftlab.training.observers import Observer
 from ftlab.training.state import TrainState
-from ftlab.training.update import Update, make_update
+from ftlab.training.update import Update, averaged, make_update
 from ftlab.training.wishes import N_WISHES, Agreed, Wishes
 
 Metrics = dict[str, float]
@@ -276,7 +276,8 @@ def evaluate_if_due(run: Run) -> Metrics:
     if not evaluator.due(progress.step, ends_epoch=run.ends_epoch, ends_run=ends_run):
         return {}
     run.clock.enter("eval")
-    metrics = evaluator(run.state.model, progress.step, run.precision, run.parallel)
+    with averaged(run.state.optimizer):
+        metrics = evaluator(run.state.model, progress.step, run.precision, run.parallel)
     run.log(metrics, progress.step)
     progress.evaluated_at = progress.step
     value = evaluator.config.deciding(metrics) if progress.step else None

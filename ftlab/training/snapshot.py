@@ -61,7 +61,14 @@ def facts(state: TrainState) -> dict[str, Any]:
         "scheduler": {"steps": state.scheduler.last_epoch, "lr": state.scheduler.get_last_lr()},
         "scaler": state.scaler.state_dict(),
         "guard": state.guard.state_dict(),
-        "optimizer": {"class": _class_name(state.optimizer), "values": others},
+        "optimizer": {
+            "class": _class_name(state.optimizer),
+            "values": others,
+            "groups": [
+                {key: group[key] for key in _counted(state.optimizer)} for group in state.optimizer.param_groups
+            ],
+            "average": getattr(state.optimizer, "average", None),
+        },
     }
 
 
@@ -88,7 +95,7 @@ def restore(state: TrainState, stored: Mapping[str, StoredRows], told: Mapping[s
         )
     for name, tensor in named.items():
         assign(tensor, stored[name])
-    _restore_optimizer(state, stored, told["optimizer"]["values"])
+    restore_optimizer(state, stored, told)
     state.progress.__dict__.update(asdict(Progress(**told["progress"])))
     _seek(state.scheduler, told["scheduler"]["steps"])
     if told["scaler"] and state.scaler.is_enabled():
@@ -97,17 +104,32 @@ def restore(state: TrainState, stored: Mapping[str, StoredRows], told: Mapping[s
         state.guard.load_state_dict(told["guard"])
 
 
-def restore_weights(model: nn.Module, stored: Mapping[str, StoredRows], source: object) -> None:
-    """Only the model's part of `restore`."""
+def restore_weights(
+    model: nn.Module, stored: Mapping[str, StoredRows], told: Mapping[str, Any], source: object
+) -> None:
+    """Only the model's part of `restore`: what was learnt, where the optimizer trains another point than it answers."""
     named = model_tensors(model)
     _compare(named, {name: rows for name, rows in stored.items() if name.startswith(_MODEL)}, source)
     for name, tensor in named.items():
         assign(tensor, stored[name])
+    state, weight = told["optimizer"].get("average") or (None, 0.0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (rows := stored.get(f"{_OPTIMIZER}{name}.{state}")) is not None:
+                parameter.lerp_(_state_tensor(parameter, rows), weight)
 
 
 def restore_optimizer(state: TrainState, stored: Mapping[str, StoredRows], told: Mapping[str, Any]) -> None:
     """Only the optimizer's part of `restore`, for a new run that goes on with its moments."""
     _restore_optimizer(state, stored, told["optimizer"]["values"])
+    counted = _counted(state.optimizer)
+    for group, then in zip(state.optimizer.param_groups, told["optimizer"].get("groups", []), strict=False):
+        group.update({key: then[key] for key in counted})
+
+
+def _counted(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Settings of groups that training changes: not the configuration's to say."""
+    return getattr(optimizer, "counted", ())
 
 
 def _optimizer_entries(state: TrainState) -> Iterator[tuple[str, int, Mapping[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -70,7 +71,7 @@ class InBackward:
         if not updates_each_by_itself(optimizer):
             raise ConfigError(
                 "trainer.optimizer_in_backward",
-                f"{type(optimizer).__name__} counts its own steps, not each parameter's",
+                f"{type(optimizer).__name__} does not update each parameter by itself",
                 "trainer.optimizer_in_backward=false, or optimizer=adamw",
             )
         self._run = run
@@ -110,9 +111,14 @@ class InBackward:
         return grad_norm
 
 
+def averaged(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Within it the parameters are what the optimizer answers with; most answer with what they train."""
+    return optimizer.averaged() if hasattr(optimizer, "averaged") else nullcontext()
+
+
 def updates_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step of one parameter alone leaves the others' as it would be; not where groups count steps."""
-    return not getattr(optimizer, "counts_steps_of_groups", False)
+    """Whether it may step one parameter alone: not where groups count steps, or ranks compute one matrix together."""
+    return not getattr(optimizer, "counted", ()) and not getattr(optimizer, "needs_whole_gradients", False)
 
 
 class only:  # noqa: N801 -- reads as a statement

@@ -35,9 +35,12 @@ def composed(option: str) -> dict[str, Any]:
         return compose_config([option])
     except ConfigErrors as errors:
         missing = [p.key for p in errors.problems if "must be given" in p.problem or "got null" in p.problem]
-        if not missing:
+        given = [f"{key}=name_on_the/hub" for key in missing]
+        # Some options go with another only, and say with which.
+        needed = [p.fix for p in errors.problems if p.fix in OPTIONS]
+        if not given and not needed:
             raise
-        return compose_config([option, *(f"{key}=name_on_the/hub" for key in missing)])
+        return compose_config([option, *given, *needed])
 
 
 @pytest.mark.parametrize("option", OPTIONS)

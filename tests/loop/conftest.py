@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,7 @@ def build_hand_run(
     *,
     parallel: Parallelism | None = None,
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+    make_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     lr: float = 0.1,
     fused: bool = True,
     batch_size: int = 4,
@@ -133,7 +135,8 @@ def build_hand_run(
     )
     fill = random_weights(seed) if checkpoint is None else weights_in(checkpoint)
     model = build_model(model_config, fill, numbers, parallel)
-    update = optimizer(decay_groups(model), lr=lr, weight_decay=0.0, fused=fused)
+    make = make_optimizer or partial(optimizer, lr=lr, weight_decay=0.0, fused=fused)
+    update = make(decay_groups(model))
     total = settings.total_steps(loader.steps_per_epoch)
     schedule = Constant(total_steps=total, warmup_steps=0, warmup_ratio=None)
     scaler = numbers.grad_scaler(parallel.device)
