@@ -102,11 +102,15 @@ def _train_in(folder: RunFolder, config: Config, worker: WorkerEnv, team: Team |
             if team is not None and _stands_in(worker, team) and (lost := _folder_of_rank_0(config)) is not None:
                 lost.finish(status, error=cause)
             return exit_code
-        if stopped is None:
-            recorder.finish("completed", None)
-            return 0
-        recorder.finish("preempted", None, stopped_by=stopped.name)
-        return 128 + stopped
+        try:
+            if stopped is None:
+                recorder.finish("completed", None)
+                return 0
+            recorder.finish("preempted", None, stopped_by=stopped.name)
+            return 128 + stopped
+        except OSError as problem:
+            log.error("%s cannot be closed: %s", folder.path, problem)
+            return 1
 
 
 def _loggers(config: Config, folder: RunFolder) -> list[Logger]:
@@ -211,6 +215,7 @@ def _train(
                 log.info("trainer.batch_size=%d now, so that the ranks share each step's rows", size)
     run.checkpointer.prepare()
     run.ledger = Ledger(folder.path / "ledger", worker.rank)
+    run.checkpointer.records = [run.ledger.flush, recorder.sync]
     run.observers = make_observers(run, folder.path)
     _describe(folder, experiment, worker)
     recorder.start(experiment.info(folder, logged_until))

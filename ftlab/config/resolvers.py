@@ -6,6 +6,7 @@ Arguments arrive typed (``2.0e-5`` is a float, ``null`` is None) and so do the r
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable
@@ -70,6 +71,8 @@ def fresh_folder(base: str, name: str, per: str = "name") -> str:
     ``per="process"`` even another name gets it: the jobs of a sweep over ``model`` share one sweep folder.
     """
     key = (base, "" if per == "process" else name)
+    if (before := _folders_of_the_attempt_before().get(_as_text(key))) is not None:
+        return before
     if key not in _fresh:
         stem = re.sub(r"[^\w.,=+-]+", "-", str(name))  # a name is not a path: no "/" here
         _fresh[key] = _first_free(f"{base}/{_started:%Y-%m-%d}/{_started:%H-%M-%S}_{stem}")
@@ -98,7 +101,29 @@ def claim_folder(folder: str) -> str:
             folder = _first_free(stem)
     for key in keys:
         _fresh[key] = folder
+    if (note := _note()) is not None:
+        note.write_text(json.dumps({_as_text(key): os.path.abspath(known) for key, known in _fresh.items()}))
     return folder
+
+
+def _note() -> Path | None:
+    """Where the attempts of one ``torchrun --max-restarts`` leave word for each other: a folder of torchrun's own."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <folder>/attempt_<n>/<local rank>/error.json
+    folder = Path(error_file).parent.parent.parent if error_file else None
+    return folder / "ftlab_folders.json" if folder is not None and folder.is_dir() else None
+
+
+def _folders_of_the_attempt_before() -> dict[str, str]:
+    """What `fresh_folder` had said when torchrun started these workers for the first time: the run goes on there."""
+    note = _note()
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or note is None or not note.exists():
+        return {}
+    folders: dict[str, str] = json.loads(note.read_text())
+    return folders
+
+
+def _as_text(key: tuple[str, str]) -> str:
+    return "\n".join(key)
 
 
 def _first_free(folder: str) -> str:

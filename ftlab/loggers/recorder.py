@@ -49,6 +49,16 @@ class Recorder:
         for logger in self._loggers:
             logger.log_samples(samples, step)
 
+    def sync(self) -> None:
+        """Make sure of what was logged so far, before a checkpoint counts on it.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        for logger in self._loggers:
+            if hasattr(logger, "sync"):
+                logger.sync()
+
     def finish(self, status: Status, error: BaseException | None, *, hurry: bool = False, **fields: Any) -> None:
         """Close ``run.json``, draw the plots and close the loggers; called once, whatever happened before.
 

@@ -24,6 +24,14 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
+class _LogFile(logging.FileHandler):
+    """A full disk costs lines of the log, not a page on the terminal for each of them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging's own name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 _handlers: list[logging.Handler] = []
 
 
@@ -41,7 +49,7 @@ def setup_logging(folder: Path, rank: int) -> None:
             logger.removeHandler(handler)
         handler.close()
     if folder.is_dir():
-        to_file = logging.FileHandler(folder / ("train.log" if rank == 0 else f"rank{rank}.log"), encoding="utf-8")
+        to_file = _LogFile(folder / ("train.log" if rank == 0 else f"rank{rank}.log"), encoding="utf-8")
         to_file.setFormatter(_MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         _handlers.append(to_file)
     to_terminal = _StderrHandler(sys.stderr)

@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ftlab.errors import CheckpointError
@@ -94,6 +94,17 @@ class Checkpoints:
         disk.rename(aside, path)
         return path
 
+    def amend(self, step: int, metrics: dict[str, float]) -> str | None:
+        """Give the checkpoint of ``step`` the ``metrics`` that it lacks; its new digest, null when it lacks none."""
+        folder = self.folder / step_name(step)
+        manifest = Manifest.read(folder)
+        if manifest.metrics:
+            return None
+        amended = replace(manifest, metrics=metrics)
+        disk.replace_file(folder / NAME, amended.text, aside=self.folder / f".{step_name(step)}.manifest")
+        disk.sync_folder(folder)
+        return amended.digest
+
     def abandon(self, step: int) -> None:
         """Remove what `begin` began, as far as the disk lets us."""
         try:
@@ -106,6 +117,8 @@ class Checkpoints:
         """Remove what earlier processes began and did not finish, or began to remove."""
         for path, _ in self._named(_UNFINISHED):
             disk.remove_folder(path)
+        for aside in self.folder.glob(".step_*.manifest"):  # of an `amend`
+            aside.unlink()
 
     def set_aside_after(self, step: int) -> list[Path]:
         """Rename checkpoints later than ``step``, sound or not, which a run that goes on from there will write anew."""

@@ -13,7 +13,7 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -143,9 +143,13 @@ def remove_folder(path: Path) -> None:
     observer("remove", path)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Replace a file as one step: a reader, or a kill at any instant, sees the old text or the new."""
-    aside = path.with_name(f".{path.name}.tmp")
+def replace_file(path: Path, text: str, *, aside: Path | None = None) -> None:
+    """Replace a file as one step: a reader, or a kill at any instant, sees the old text or the new.
+
+    Args:
+        aside: where the new text is written first, on the same disk; null: beside ``path``.
+    """
+    aside = aside or path.with_name(f".{path.name}.tmp")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -154,6 +158,45 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(aside, path)
     observer("rename", path)
     sync_folder(path.parent)
+
+
+class LineFile:
+    """Lines appended to a file that others may read meanwhile; what the disk does not take now is kept for later.
+
+    Every line is whole on the disk, but for a last one that a full disk or a kill tore; the next write completes it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._pending = bytearray()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
+        self._fd = os.open(path, flags, 0o666)
+
+    def add(self, lines: Iterable[str]) -> None:
+        """Append ``lines``, which have no line ends yet; they are on their way, not in the file."""
+        for line in lines:
+            self._pending += line.encode() + b"\n"
+
+    def write(self) -> None:
+        """Hand all that was added to the system, where a kill of this process does not reach it.
+
+        Raises:
+            OSError: the disk does not take it; nothing is lost, and the next call tries again.
+        """
+        while self._pending:
+            del self._pending[: os.write(self._fd, self._pending)]
+
+    def sync(self) -> None:
+        """`write`, and make sure that it outlives a power loss."""
+        self.write()
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """`write` and close."""
+        try:
+            self.write()
+        finally:
+            os.close(self._fd)
 
 
 def file_sha256(path: Path) -> str:

@@ -65,9 +65,13 @@ class Manifest:
         return hashlib.sha256(_text(asdict(self)).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write it into ``folder``, flushed; signed where there is a key."""
-        content = asdict(self) | {"digest": self.digest, "signature": _signature(self.digest)}
-        write_file(folder / NAME, _text(content).encode())
+        """Write it into ``folder``, flushed."""
+        write_file(folder / NAME, self.text.encode())
+
+    @property
+    def text(self) -> str:
+        """The file's content; signed where there is a key."""
+        return _text(asdict(self) | {"digest": self.digest, "signature": _signature(self.digest)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -153,6 +153,8 @@ class Checkpointer:
         self._staging: dict[str, Tensor] = {}
         self._writing: threading.Thread | None = None
         self._error: SaveError | None = None
+        self.records: list[Callable[[], None]] = []
+        """What brings this rank's records of the run to the disk: a checkpoint counts on them."""
 
     def prepare(self) -> None:
         """Make the folder, rid of what was never finished; all ranks must see it.
@@ -216,7 +218,7 @@ class Checkpointer:
             # Text by now: what it is made of goes on changing.
             facts = json.dumps(self._facts()), json.dumps(states)
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            arguments = (step, rows, facts, finite)
+            arguments = (step, rows, facts, finite, self._bring_records())
             self._saved_step, self._saved_at = step, time.monotonic()
             if background:
                 self._writing = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
@@ -227,6 +229,16 @@ class Checkpointer:
             self.wait()
             if self._error is not None:
                 raise self._error
+
+    def amend(self, metrics: Mapping[str, float]) -> None:
+        """Add the validation metrics of a checkpoint that the run goes on from, if there are any and it has none."""
+        step = self._state.progress.step
+        if self._parallel.rank == 0 and metrics and step and step == self._saved_step:
+            try:
+                finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+                self._parent = self._checkpoints.amend(step, finite) or self._parent
+            except (OSError, CheckpointError) as error:
+                log.warning("the checkpoint of step %d goes without its validation metrics: %s", step, error)
 
     def close(self) -> None:
         """Wait for what is still being written.
@@ -270,11 +282,31 @@ class Checkpointer:
             "ranks": self._parallel.dp_size,
         }
 
-    def _write(self, step: int, rows: dict[str, Rows], facts: tuple[str, str], metrics: dict[str, float]) -> None:
-        """All of the writing, on every rank; exchanges go over the channel aside."""
+    def _bring_records(self) -> OSError | None:
+        """Why the records could not be brought to the disk; null when they are there."""
+        try:
+            for bring in self.records:
+                bring()
+        except OSError as error:
+            return error
+        return None
+
+    def _write(
+        self,
+        step: int,
+        rows: dict[str, Rows],
+        facts: tuple[str, str],
+        metrics: dict[str, float],
+        hindrance: OSError | None,
+    ) -> None:
+        """All of the writing, on every rank; exchanges go over the channel aside.
+
+        Args:
+            hindrance: why this rank cannot even begin.
+        """
         self._error = None
         try:
-            self._together(lambda: self._begin(step))
+            self._together(lambda: self._begin(step, hindrance))
             files = self._together(lambda: self._write_own(step, rows, *facts))
             merged = {name: FileEntry(*entry) for own in files for name, entry in own.items()}
             self._together(lambda: self._commit(step, merged, metrics))
@@ -307,7 +339,9 @@ class Checkpointer:
                 raise SaveError(f"no checkpoint was written: {value}; {before}")
         return [value for _, value in everyone]
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, step: int, hindrance: OSError | None) -> None:
+        if hindrance is not None:
+            raise hindrance
         if self._parallel.rank == 0:
             self._checkpoints.begin(step)
 

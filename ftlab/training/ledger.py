@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from ftlab.data.batch import Batch
 from ftlab.data.loader import BatchLoader
 from ftlab.distributed.base import Parallelism
 from ftlab.outputs.files import append_jsonl
-from ftlab.storage.disk import replace_file
+from ftlab.storage.disk import LineFile, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +36,21 @@ class Ledger:
     def __init__(self, folder: Path, rank: int):
         self._folder, self._rank = folder, rank
         folder.mkdir(exist_ok=True)
-        self._file = (folder / f"rank{rank:05d}.txt").open("a", encoding="utf-8")
+        self._file = LineFile(folder / f"rank{rank:05d}.txt")
         self._proving: threading.Thread | None = None
 
     def note(self, step: int, epoch: int, micro_batches: Sequence[Batch]) -> None:
         """Write down the samples of a step that has been done; steps count from 1."""
         ids = ",".join(str(i) for batch in micro_batches for i in batch.sample_ids)
-        self._file.write(f"{step} {epoch} {ids}\n")
+        self._file.add([f"{step} {epoch} {ids}"])
 
     def flush(self) -> None:
-        """Bring everything noted to the disk: a checkpoint may then count on it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Bring everything noted to the disk: a checkpoint may then count on it.
+
+        Raises:
+            OSError: the disk does not take it; nothing is lost, and the next call tries again.
+        """
+        self._file.sync()
 
     def end_epoch(self, epoch: int, last_step: int, n_steps: int, loader: BatchLoader, parallel: Parallelism) -> None:
         """Prove the epoch, and those before it that a kill left unproven; every rank must call it.
@@ -56,9 +58,13 @@ class Ledger:
         Args:
             last_step: of the epoch, which had ``n_steps``.
         """
-        self.flush()
-        parallel.barrier()  # what the others noted is there
-        if self._rank == 0:
+        there = True
+        try:
+            self.flush()
+        except OSError as error:
+            log.warning("%s: %s; epoch %d is proven with the next one", self._file.path, error.strerror, epoch)
+            there = False
+        if all(parallel.gather(there)) and self._rank == 0:
             self._wait()
             self._proving = threading.Thread(
                 target=self._prove, args=(epoch, last_step, n_steps, loader), name="ledger", daemon=True
@@ -81,7 +87,11 @@ class Ledger:
         for e in sorted(set(range(epoch + 1)) - proven):
             verdict = compare(seen_in(self._folder, e), loader.sample_ids(e, n_steps))
             last = last_step - (epoch - e) * n_steps
-            append_jsonl(self._folder / _EPOCHS, [{"epoch": e, "last_step": last, **verdict}])
+            try:
+                append_jsonl(self._folder / _EPOCHS, [{"epoch": e, "last_step": last, **verdict}])
+            except OSError as error:
+                log.warning("%s: %s; epoch %d is proven with the next one", self._folder / _EPOCHS, error.strerror, e)
+                return
             if not verdict["each_once"]:
                 log.error("epoch %d did not see each of its samples once: see %s", e, self._folder / _EPOCHS)
 

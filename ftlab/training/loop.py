@@ -235,7 +235,9 @@ def fit(run: Run) -> signal.Signals | None:
     window = LogWindow(run)
     with run.wishes.listening():
         prove_if_due(run)  # an epoch that ended right before a kill
-        evaluate_if_due(run)
+        validation = evaluate_if_due(run)
+        if run.checkpointer is not None:
+            run.checkpointer.amend(validation)  # of a run that was stopped where this was due
         asked = run.wishes.agreed_now(run.parallel)
         run.clock.enter("data")
         run.clock.take()
@@ -299,8 +301,6 @@ def save_if_due(run: Run, window: LogWindow, asked: Agreed, validation: Metrics)
     if due or asked.save or asked.stop is not None:
         run.clock.enter("save")
         window.settle()  # exact counts, and the proof that no step was bad
-        if run.ledger is not None:
-            run.ledger.flush()
         run.checkpointer.save(validation, last=ends_run or asked.stop is not None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,19 @@ def test_a_jobs_folder_is_its_number_and_overrides(overrides: str, folder: str) 
 
 def test_a_jobs_folder_has_a_readable_length() -> None:
     assert len(resolvers.sweep_subdir(12, "dataset.data_files=" + "x" * 500)) <= 120
+
+
+def test_what_torchrun_starts_again_goes_on_in_the_same_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its attempts are processes of their own, and the folder's name holds the time of a process's start."""
+    for attempt in (0, 1):
+        own = tmp_path / "torchelastic" / f"attempt_{attempt}" / "0"
+        own.mkdir(parents=True)
+        monkeypatch.setattr(resolvers, "_fresh", {})
+        monkeypatch.setattr(resolvers, "_started", resolvers._started + timedelta(seconds=attempt))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(own / "error.json"))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        claimed = resolvers.claim_folder(resolvers.fresh_folder("outputs", "a"))
+        other = resolvers.fresh_folder("outputs", "b")
+        folders = list(tmp_path.glob("outputs/*/*"))
+        assert [Path(claimed).absolute()] == folders, "one folder, also of the second attempt"
+        assert other != claimed

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+import psutil
 
-import ftlab.run
-from ftlab.losses import Loss
-from ftlab.training import loop
-from tests.faults.trial import Event, Rank, digests
+from tests.faults.trial import Event, Rank
 
 
 @dataclass
@@ -124,97 +118,38 @@ class Journal:
         rank.tell(self.entries[-1])
 
 
+@dataclass
+class HoldAt:
+    """Tell the test that the run begins (step 0) or has done a step, and go on when there is a file."""
+
+    steps: tuple[int, ...]
+    until: Path
+
+    def __call__(self, event: Event, rank: Rank) -> None:
+        begins = event.operation == "start" and 0 in self.steps
+        if begins or (event.operation == "step" and event.step in self.steps):
+            rank.tell(event)
+            deadline = time.monotonic() + 60
+            while not self.until.exists() and time.monotonic() < deadline:
+                time.sleep(0.005)
+
+
 @dataclass(frozen=True)
-class Spoil:
-    """Bad numbers in some steps of a run, and a note of which steps change the state. Given to ``Plan.before``.
+class Measure:
+    """Tell memory in bytes, open files, threads and children of the rank after every so many steps."""
 
-    Attributes:
-        kind: ``loss`` of every micro-batch or of the last (``batch``); one element of a ``gradient`` or, from then on,
-            of a ``parameter`` (``memory``: after the step).
-        value: that it becomes; ``garbled``: the loss is of targets that are noise.
-        ranks: on which this happens; null: all.
-    """
+    every: int
 
-    kind: str
-    value: float | str
-    steps: frozenset[int]
-    ranks: tuple[int, ...] | None = None
-
-    def __call__(self, rank: Rank) -> None:
-        fit = ftlab.run.fit
-        notes = (rank.plan.notes / f"updates-{rank.worker.rank}").open("a", buffering=1)
-
-        def spoiled_fit(run: loop.Run) -> Any:
-            progress = run.state.progress
-            mine = self.ranks is None or run.parallel.rank in self.ranks
-
-            def now() -> bool:
-                return mine and progress.step + 1 in self.steps
-
-            if self.kind in ("loss", "batch"):
-                last = run.trainer.accumulation_steps(run.parallel.dp_size) if self.kind == "batch" else 1
-                run.loss = _SpoiledLoss(run.loss, now, self.value, every=last)
-            elif self.kind == "gradient":
-                self._spoil_gradients(run.state.model, now)
-            update = run.state.guard.update
-
-            def watched_update(*arguments: Any) -> None:
-                before = self._digest(run)
-                update(*arguments)
-                notes.write(json.dumps([progress.step + 1, before, self._digest(run)]) + "\n")
-
-            run.state.guard.update = watched_update  # type: ignore[method-assign]
-            train_step = loop.train_step
-
-            def step(run: loop.Run, micro_batches: list[Any]) -> Any:
-                if self.kind == "parameter" and now():
-                    self._spoil_a_parameter(run.state.model)
-                metrics = train_step(run, micro_batches)
-                if self.kind == "memory" and now():
-                    self._spoil_a_parameter(run.state.model)
-                return metrics
-
-            loop.train_step = step
-            return fit(run)
-
-        ftlab.run.fit = spoiled_fit
-
-    def _spoil_a_parameter(self, model: torch.nn.Module) -> None:
-        parameter = next(model.parameters()).detach()
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local.view(-1)[0] = float(self.value)
-
-    def _spoil_gradients(self, model: torch.nn.Module, now: Callable[[], bool]) -> None:
-        def spoil(gradient: Tensor) -> Tensor:
-            if now():
-                gradient = gradient.clone()
-                gradient.view(-1)[0] = float(self.value)
-            return gradient
-
-        def hook(module: Any, arguments: Any, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(spoil)
-
-        next(iter(model.get_submodule("blocks").children())).register_forward_hook(hook)
-
-    @staticmethod
-    def _digest(run: loop.Run) -> list[str]:
-        found = digests(run, whole=False)
-        return [found["weights"], found["optimizer"]]
-
-
-class _SpoiledLoss:
-    """In training only: evaluation has a loss of its own."""
-
-    def __init__(self, loss: Loss, now: Callable[[], bool], value: float | str, every: int):
-        self.loss, self.now, self.value, self.every = loss, now, value, every
-        self.calls = 0
-
-    def __call__(self, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-        self.calls += 1
-        if not self.now() or self.calls % self.every:
-            return self.loss(hidden, head_weight, targets)
-        if self.value == "garbled":
-            noise = torch.randint_like(targets, len(head_weight))
-            return self.loss(hidden, head_weight, torch.where(targets >= 0, noise, targets))
-        return self.loss(hidden, head_weight, targets) * float(self.value)
+    def __call__(self, event: Event, rank: Rank) -> None:
+        if event.operation == "step" and event.step % self.every == 0:
+            process = psutil.Process()
+            gc.collect()
+            rank.tell(
+                (
+                    event.step,
+                    process.memory_info().rss,
+                    process.num_fds(),
+                    process.num_threads(),
+                    len(process.children()),
+                )
+            )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,5 +23,3 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not figures.done:
         return
     terminalreporter.write("\n" + figures.table([figure.row for figure in figures.done]))
-    if path := os.environ.get("FTLAB_FIGURES"):
-        figures.write(Path(path))

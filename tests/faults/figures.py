@@ -2,12 +2,13 @@
 
 pytest tests/faults                                                      a few trials of each, with the other tests
 pytest -m soak tests/faults                                              all trials
-FTLAB_FIGURES=docs/reliability.md pytest -m soak tests/faults            and the table of what came out
+FTLAB_FIGURES=docs/reliability.md pytest -m soak -n 2 tests/faults       and the table of what came out, on two cores
 FTLAB_FAULT_SEED=7 ...                                                   other trials of the same kind
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import re
@@ -49,6 +50,8 @@ class Figure:
         self.seconds = time.monotonic() - self._began
         if kind is None:
             done.append(self)
+            if path := os.environ.get("FTLAB_FIGURES"):  # now: others may never come to an end
+                write(Path(path), self)
             assert not self.failed, f"{self.name}: {len(self.failed)} of {self.n} failed\n" + "\n".join(self.failed)
 
     def random(self, trial: object) -> random.Random:
@@ -80,13 +83,17 @@ def table(rows: list[str]) -> str:
     return "\n".join([_COLUMNS, "|---" * 6 + "|", *sorted(rows, key=_order)]) + "\n"
 
 
-def write(path: Path) -> None:
-    """Put the figures that were measured into the table of ``path``, in place of earlier ones of the same name."""
-    text = path.read_text(encoding="utf-8")
-    begin = text.index(_COLUMNS)
-    old = text[begin:].split("\n\n")[0].strip().splitlines()
-    rows = {_name(row): row for row in old[2:]} | {figure.name: figure.row for figure in done}
-    path.write_text(text.replace("\n".join(old) + "\n", table(list(rows.values()))), encoding="utf-8")
+def write(path: Path, figure: Figure) -> None:
+    """Put a figure into the table of ``path``, in place of an earlier one of its name; several processes may."""
+    with path.open("r+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        text = file.read()
+        begin = text.index(_COLUMNS)
+        old = text[begin:].split("\n\n")[0].strip().splitlines()
+        rows = {_name(row): row for row in old[2:]} | {figure.name: figure.row}
+        file.seek(0)
+        file.write(text.replace("\n".join(old) + "\n", table(list(rows.values()))))
+        file.truncate()
 
 
 def _name(row: str) -> str:

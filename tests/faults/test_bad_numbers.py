@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ftlab.losses import Loss
 from ftlab.training.loop import fit
-from tests.faults.acts import KillAt, Spoil
+from tests.faults.acts import KillAt
 from tests.faults.figures import Figure, trials
 from tests.faults.harness import Folder, Trial, assert_same
 from tests.faults.test_kills import DDP, FSDP, SINGLE
 from tests.faults.trial import Outcome
+from tests.faults.troubles import Spoil
 from tests.loop.conftest import HandRun, Rows, build_hand_run
 
 FP16 = (2, (*FSDP[1], "precision=fp16_mixed"))

@@ -91,7 +91,7 @@ def points_of(events: list, rank: int) -> dict[str, int]:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("n", [5])
+@pytest.mark.parametrize("n", [3])
 def test_r2_killed_after_every_kind_of_change_on_every_rank(n: int, tmp_path: Path) -> None:
     claim = f"SIGKILL after each kind of change on disk × rank × {n} (first run, saves, removals, resume): bitwise"
     n_ranks, overrides = FSDP

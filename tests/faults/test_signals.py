@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ftlab.storage.checkpoints import Found, verify
+from ftlab.storage.manifest import Manifest
 from tests.distributed.jobs import PYTHON, TORCHRUN, Job
-from tests.faults.acts import TellAt
+from tests.faults.acts import HoldAt, TellAt
 from tests.faults.figures import Figure, trials
 from tests.faults.harness import Folder, assert_same, reference
 from tests.faults.test_kills import LAYOUTS
@@ -85,6 +87,25 @@ def tell_to_stop(folder: Folder, rng: random.Random) -> str:
     return sort
 
 
+def test_a_checkpoint_of_a_stop_is_given_the_validation_that_was_due(tmp_path: Path) -> None:
+    """So `RUN@best` and `keep_best` know of it: a run that is told to stop has no time to validate."""
+    folder, go = Folder(tmp_path / "run", "checkpoint.keep_last=9"), tmp_path / "go"
+    with folder.interrupt(HoldAt((3,), go)) as trial:
+        assert trial.next_word() is not None
+        trial.send(signal.SIGTERM)
+        go.touch()
+        [outcome] = trial.end()
+    assert outcome is not None
+    assert outcome.exit_code == 143
+    path = folder.checkpoints.complete()[-1].path
+    assert path.name == "step_00000004"
+    assert Manifest.read(path).metrics == {}
+    assert_same(folder, folder.train(), files=False)
+    [measured] = [line for line in folder.metrics() if line["step"] == 4 and "val/loss" in line]
+    assert Manifest.read(path).metrics["val/loss"] == measured["val/loss"]
+    assert verify(Found(4, path), folder.record()["id"])
+
+
 def job_arguments(how: list[str]) -> list[str]:
     parallelism = ["parallelism=fsdp"] + (["parallelism.nproc_per_node=2"] if how is PYTHON else [])
     return [
@@ -150,7 +171,8 @@ def test_r4_a_killed_rank_is_started_again_from_the_newest_checkpoint(n: int, tm
                 cwd.mkdir()
                 if number % 2 and n > 1:
                     command = [*TORCHRUN[:-1], "--max-restarts", "1", TORCHRUN[-1]]
-                    job = Job(command, *arguments[:1], *arguments[2:], cwd=cwd)
+                    # In the default folder, whose name is the time of the start: the second attempt finds it.
+                    job = Job(command, *arguments[:1], *arguments[2:-1], cwd=cwd)
                 else:
                     job = Job(PYTHON, *arguments, "parallelism.max_restarts=1", cwd=cwd)
                 job.wait_for_step(rng.randrange(11, 80))
