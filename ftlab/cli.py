@@ -67,6 +67,27 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     resume.set_defaults(verb=_verify_resume)
 
+    listing = verbs.add_parser("ls", help="which runs there are")
+    listing.add_argument("words", nargs="*", metavar="FOLDER|FILTER", help="e.g. outputs status=failed 'val/loss<2'")
+    listing.add_argument("--sort", default="started", metavar="KEY", help="fact, setting or metric (default started)")
+    listing.add_argument("--columns", default="", metavar="K,K", help="further ones: settings or metrics")
+    listing.add_argument("--json", action="store_true", help="for programs")
+    listing.set_defaults(verb=_ls)
+
+    tree = verbs.add_parser("tree", help="which run came from which: forks and resumes")
+    tree.add_argument("words", nargs="*", metavar="FOLDER|FILTER", help="as for ls")
+    tree.set_defaults(verb=_tree)
+
+    difference = verbs.add_parser("diff", help="what two runs differ in, and from which step on it shows")
+    difference.add_argument("first", metavar="A", help="run folder")
+    difference.add_argument("second", metavar="B", help="run folder")
+    difference.add_argument("--json", action="store_true", help="for programs")
+    difference.set_defaults(verb=_diff)
+
+    again = verbs.add_parser("reproduce", help="a completed run once more: bitwise the same, or what has changed?")
+    again.add_argument("run", help="run folder, e.g. outputs/latest")
+    again.set_defaults(verb=_reproduce)
+
     export = verbs.add_parser("export", help="a checkpoint as a Hugging Face folder, read back and compared")
     export.add_argument("run", help="RUN, RUN@STEP, RUN@best or RUN/checkpoints/step_N")
     export.add_argument("out", type=Path, help="folder to make")
@@ -191,6 +212,43 @@ def _verify_resume(arguments: argparse.Namespace) -> int:
     console.print(table)
     console.print(f"both runs and verify_resume.json: {shortest(folder)}", soft_wrap=True)
     return 0 if all(one.same for one in compared) else 1
+
+
+def _ls(arguments: argparse.Namespace) -> None:
+    from ftlab.lab.listing import as_rows, print_runs, select
+
+    runs = select(arguments.words, arguments.sort)
+    if arguments.json:
+        print(json.dumps(as_rows(runs)))
+    else:
+        print_runs(runs, [key for key in arguments.columns.split(",") if key])
+
+
+def _tree(arguments: argparse.Namespace) -> None:
+    from ftlab.lab.listing import print_tree, select
+
+    print_tree(select(arguments.words))
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from ftlab.lab.diff import diff, open_run, print_difference
+
+    found = diff(open_run(arguments.first), open_run(arguments.second))
+    if arguments.json:
+        print(json.dumps(found.as_json()))
+    else:
+        print_difference(found)
+    return 0 if found.same else 1
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from ftlab.lab.diff import open_run
+    from ftlab.lab.reproduce import print_reproduced, reproduce
+
+    run = open_run(arguments.run)
+    found = reproduce(run)
+    print_reproduced(run, found)
+    return 0 if found.verdict in ("bitwise", "within tolerance") else 1
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -246,6 +246,8 @@ def _describe(folder: RunFolder, experiment: Experiment, worker: WorkerEnv) -> N
         data_fingerprint=data.fingerprint,
         n_params=experiment.model_config.n_params(),
         global_batch_size=experiment.run.loader.global_batch_size,
+        n_train_samples=len(experiment.data.train),
+        device=experiment.info(folder, 0).device,
     )
 
 

@@ -11,11 +11,16 @@ from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
+from ftlab.lab.runs import RunRecord
+from ftlab.loggers.base import RunInfo
 from ftlab.models.auto import find_model
+from ftlab.outputs.secrets import mask_secrets
 from ftlab.storage.addresses import candidates, find_run
 from ftlab.storage.checkpoints import verify
-from ftlab.training.checkpoint import open_checkpoint
+from ftlab.training.card import model_card
+from ftlab.training.checkpoint import Opened, open_checkpoint
 from ftlab.training.export import Proof, export_model
+from ftlab.training.state import Progress
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -49,6 +54,7 @@ def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
     parallel = OneRank(pick_device("cpu"))
     model_config, _ = find_model(build(config["model"]), fetch=False)
     model = build_model(with_vocabulary(model_config, None, tokenizer, opened), weights_of(opened), plain, parallel)
+    run = RunRecord(found.path.parent.parent)
     return export_model(
         model,
         tokenizer,
@@ -57,5 +63,37 @@ def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
         precision=plain,
         parallel=parallel,
         about={"run": manifest.run, "step": manifest.step, "checkpoint": manifest.digest},
+        card=_card(run, opened, trained) if layout == "hf" else None,
         layout=layout,
     )
+
+
+def _card(run: RunRecord, opened: Opened, precision: Precision) -> str:
+    """The card that the run itself puts into its export, as of this checkpoint."""
+    config, progress = opened.told["config"], Progress(**opened.told["progress"])
+    metrics: dict[str, float] = {}
+    for row in run.metrics:
+        if row["step"] <= progress.step:
+            metrics |= {key: value for key, value in row.items() if value is not None}
+    weights = run.part("weights")
+    info = RunInfo(
+        folder=run.folder,
+        run_id=run.id,
+        first_step=0,
+        logged_until=0,
+        name=config["run_name"],
+        config=mask_secrets(config),
+        seed=config["seed"],
+        total_steps=progress.step,
+        global_batch_size=run.record.get("global_batch_size", 0),
+        model="",
+        n_params=run.record.get("n_params", 0),
+        weights=weights.get("checkpoint"),
+        dataset=config["dataset"].get("source", "mixture"),
+        n_train_samples=run.record.get("n_train_samples", 0),
+        n_val_samples=0,
+        device=str(run.record.get("device", "unknown")),
+        precision=f"{precision.param_dtype} weights, {precision.compute_dtype} arithmetic",
+        next_commands=(),
+    )
+    return model_card(info, progress, metrics, commit=weights.get("commit"))

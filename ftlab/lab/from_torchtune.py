@@ -190,7 +190,7 @@ def _memory(done: Translation) -> None:
     if done.take("compile"):
         done.note("absent", "compile", "only speed differs")
     if done.take("optimizer_in_bwd"):
-        done.note("absent", "optimizer_in_bwd", "gradients are kept for the whole model; only memory differs")
+        done.set("trainer.optimizer_in_backward", True)
         if done.recipe == RECIPES[0]:
             done.note(
                 "fixed",
@@ -232,6 +232,8 @@ def _folder_and_logs(done: Translation) -> None:
         done.note(
             "absent", f"metric_logger={logger}", "metrics go to metrics.jsonl; logger=[console,jsonl,wandb] adds W&B"
         )
-    if done.take_all("profiler").get("enabled"):
-        done.note("absent", "profiler", "ftlab writes no trace")
+    profiler = done.take_all("profiler")
+    if profiler.get("enabled"):
+        warm = profiler.get("wait_steps", 5) + profiler.get("warmup_steps", 3)
+        done.set("trainer.profile_steps", [warm + 1, warm + profiler.get("active_steps", 2)])
     done.take("collate_fn")

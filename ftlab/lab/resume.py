@@ -101,13 +101,13 @@ def compare_runs(one: Path, other: Path) -> list[Compared]:
     ends = [Checkpoints(run / "checkpoints").complete()[-1] for run in (one, other)]
     states = [told(end) for end in ends]
     return [
-        _files("weights and optimizer", "rows-", ends),
-        _files("random states", "rng-", ends),
+        compare_files("weights and optimizer", "rows-", ends),
+        compare_files("random states", "rng-", ends),
         _values("data cursor", [state["cursor"] for state in states]),
         _values("counts", [_untimed(state["progress"]) for state in states]),
         _values("learning rate", [state["scheduler"] for state in states]),
         _values("loss scale", [state["scaler"] for state in states]),
-        *(_lines(name, one / name, other / name) for name in ("metrics.jsonl", "samples.jsonl")),
+        *(compare_lines(name, one / name, other / name) for name in ("metrics.jsonl", "samples.jsonl")),
     ]
 
 
@@ -115,7 +115,8 @@ def _untimed(progress: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in progress.items() if key != "train_s"}
 
 
-def _files(what: str, prefix: str, ends: Sequence[Found]) -> Compared:
+def compare_files(what: str, prefix: str, ends: Sequence[Found]) -> Compared:
+    """The files of two checkpoints whose names begin with ``prefix``, by their hashes."""
     hashes = [
         {name: entry.sha256 for name, entry in Manifest.read(end.path).files.items() if name.startswith(prefix)}
         for end in ends
@@ -136,7 +137,8 @@ def _short(value: Any) -> str:
     return (text or "none") if len(text) <= 100 else text[:99] + "…"
 
 
-def _lines(name: str, one: Path, other: Path) -> Compared:
+def compare_lines(name: str, one: Path, other: Path) -> Compared:
+    """Two logs, line by line, but for times and memory."""
     logged = [_read(path) for path in (one, other)]
     for i, (ours, theirs) in enumerate(zip(*logged, strict=False)):
         if ours != theirs:

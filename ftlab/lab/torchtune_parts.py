@@ -298,16 +298,16 @@ class _Optimizer:
 
 _ADAMW = {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
 _PAGED = "its moments stay on the GPU; the numbers are the same"
-_EIGHT_BIT = "its moments have the weights' dtype, not 8 bits: more exact, and more memory"
+_EIGHT_BIT = "bfloat16 weights are rounded stochastically, so that small updates count on average"
 _OPTIMIZERS = {
     "torch.optim.AdamW": _Optimizer(("adamw",), _ADAMW),
     "torch.optim.SGD": _Optimizer(("sgd",), {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}),
     "bitsandbytes.optim.AdamW": _Optimizer(("adamw",), _ADAMW),
     "bitsandbytes.optim.PagedAdamW": _Optimizer(("adamw",), _ADAMW, _PAGED),
-    "bitsandbytes.optim.PagedAdamW8bit": _Optimizer(("adamw",), _ADAMW, _EIGHT_BIT),
-    "bitsandbytes.optim.AdamW8bit": _Optimizer(("adamw",), _ADAMW, _EIGHT_BIT),
-    "torchao.prototype.low_bit_optim.AdamW8bit": _Optimizer(("adamw",), _ADAMW, _EIGHT_BIT),
-    "torchao.optim.AdamW8bit": _Optimizer(("adamw",), _ADAMW, _EIGHT_BIT),
+    "bitsandbytes.optim.PagedAdamW8bit": _Optimizer(("adamw_8bit",), _ADAMW, _EIGHT_BIT),
+    "bitsandbytes.optim.AdamW8bit": _Optimizer(("adamw_8bit",), _ADAMW, _EIGHT_BIT),
+    "torchao.prototype.low_bit_optim.AdamW8bit": _Optimizer(("adamw_8bit",), _ADAMW, _EIGHT_BIT),
+    "torchao.optim.AdamW8bit": _Optimizer(("adamw_8bit",), _ADAMW, _EIGHT_BIT),
 }
 
 

@@ -40,6 +40,20 @@ def code_state() -> dict[str, Any]:
     return {"commit": None, "dirty": None}
 
 
+def commits_between(before: str | None, after: str | None) -> list[str]:
+    """Commit and subject of what lies between two commits of ftlab's own checkout, newest first; empty where git does
+    not know them."""
+    if not before or not after or before == after:
+        return []
+    command = ["git", "-C", str(Path(__file__).resolve().parents[2]), "log", "--oneline", "--no-decorate"]
+    try:
+        # Three dots: those of either that the other has not.
+        log = subprocess.run([*command, f"{before}...{after}"], capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return log.stdout.splitlines()
+
+
 def versions() -> dict[str, str | None]:
     """Versions that decide what a run computes, read from package metadata: nothing is imported for it."""
 

@@ -115,6 +115,9 @@ def test_what_the_configuration_says_the_command_says(translate):
         (["log_every_n_steps=5"], {}, "trainer.log_every_steps", 5),
         ([], {"ac_mode": "selective", "ac_option": "op"}, "parallelism.activation_checkpointing", "selective"),
         (["fsdp_cpu_offload=True"], {}, "parallelism.cpu_offload", True),
+        (["optimizer_in_bwd=True", "gradient_accumulation_steps=1"], {}, "trainer.optimizer_in_backward", True),
+        (["optimizer=bitsandbytes.optim.PagedAdamW8bit"], {}, "optimizer.moment_bits", 8),
+        (["profiler.enabled=True", "profiler.wait_steps=1"], {}, "trainer.profile_steps", [5, 6]),
         (["enable_async_checkpointing=True"], {}, "checkpoint.async", True),
         (
             [],
@@ -202,7 +205,6 @@ def test_what_has_no_equivalent_is_said_key_by_key(translate):
     done = translate(
         enable_activation_checkpointing=True,
         enable_activation_offloading=True,
-        optimizer_in_bwd=True,
         compile=True,
         no_such_key=3,
         tensor_parallel_dim=2,

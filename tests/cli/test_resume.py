@@ -293,6 +293,9 @@ def test_the_verb_exports_any_checkpoint_in_any_dtype_and_proves_it(
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == entry["sha256"]
     assert ftlab(["export", str(straight.folder), str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
+    assert ftlab(["export", str(straight.folder), str(tmp_path / "last")]) == 0
+    cards = [(folder / "README.md").read_text() for folder in (tmp_path / "last", straight.folder / "export")]
+    assert cards[0] == cards[1], "the card is the run's own"
     end = json.loads((straight.folder / "export" / "MANIFEST.json").read_text())
     assert end["proof"]["max_abs_diff"] == 0.0
 

@@ -1,0 +1,313 @@
+"""What two runs differ in: settings, code, data, machine, and where what they logged parts. Without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ftlab.errors import ConfigError
+from ftlab.lab.runs import RunRecord, differing, is_run
+from ftlab.outputs.environment import commits_between
+from ftlab.outputs.files import shortest
+
+# What a run leaves behind, shows or is called; none of it reaches the weights.
+_NO_EFFECT = (
+    *("checkpoint.", "evaluation.", "logger.", "paths.", "sweep.", "run_name", "resume"),
+    *("trainer.log_every_steps", "trainer.measure_lost_updates", "trainer.profile_steps", "parallelism.timeout_s"),
+)
+_ENDS = ("evaluation.patience", "evaluation.metric")  # of evaluation, what can end a run
+# Causes before what follows from them.
+_ORDER = (
+    "init_from",
+    "model.",
+    "tokenizer.",
+    "dataset.",
+    "seq_len",
+    "seed",
+    "loss.",
+    "optimizer.",
+    "scheduler.",
+    "precision.",
+)
+_NOT_COMPARED = ("perf/", "memory/", "time/")  # metrics that no two runs share
+_SHOWN = 12  # samples of a step, commits
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that has one value in the first run and another in the second.
+
+    Attributes:
+        decides: whether it can change what is trained.
+    """
+
+    key: str
+    before: Any
+    after: Any
+    decides: bool = True
+
+
+@dataclass(frozen=True)
+class Parting:
+    """The first step at which a metric that both runs logged there differs."""
+
+    metric: str
+    step: int
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """All that two runs differ in.
+
+    Attributes:
+        settings: what was typed first, then causes before consequences.
+        commits: what lies between the two states of the code, newest first, where git knows.
+        inputs: fingerprints of rows, tokenizer and samples, and where the weights came from.
+        common_steps: steps at which both logged something.
+        partings: by step; empty where every common line is equal to the bit.
+        samples: of the first parting's step, in each run, as its ranks noted them.
+        ends: last values.
+    """
+
+    runs: tuple[RunRecord, RunRecord]
+    settings: list[Change]
+    code: list[Change]
+    commits: list[str]
+    inputs: list[Change]
+    environment: list[Change]
+    common_steps: int
+    partings: list[Parting]
+    samples: tuple[list[int], list[int]]
+    ends: list[Change]
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs that can change what is trained, nor what was logged."""
+        decisive = [change for change in self.settings if change.decides]
+        return not (decisive or self.code or self.inputs or self.environment or self.partings)
+
+    def as_json(self) -> dict[str, Any]:
+        parts = ("settings", "code", "inputs", "environment", "partings", "ends")
+        return {
+            "runs": [str(run.folder) for run in self.runs],
+            **{part: [vars(one) for one in getattr(self, part)] for part in parts},
+            "commits": self.commits,
+            "common_steps": self.common_steps,
+            "samples": self.samples,
+            "same": self.same,
+        }
+
+
+def open_run(text: str) -> RunRecord:
+    """The run in the folder that ``text`` names, or ``latest``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path("outputs/latest" if text == "latest" else text).expanduser()
+    if not folder.is_dir() or not is_run(folder):
+        raise ConfigError("RUN", f"{text} is no run's folder", "outputs/latest, or: ftlab ls")
+    return RunRecord(folder.resolve())
+
+
+def diff(first: RunRecord, second: RunRecord) -> Difference:
+    """Compare two runs, whatever state they are in."""
+    runs = (first, second)
+    partings, common = _partings(first, second)
+    codes = [run.part("code") for run in runs]
+    return Difference(
+        runs=runs,
+        settings=_settings(first, second),
+        code=_changes("code", codes[0], codes[1]),
+        commits=commits_between(codes[0].get("commit"), codes[1].get("commit"))[:_SHOWN],
+        inputs=_changes("", _inputs(first), _inputs(second)),
+        environment=[
+            change
+            for part in ("versions", "hardware")
+            for change in _changes(part, first.part(part), second.part(part))
+        ],
+        common_steps=common,
+        partings=partings,
+        samples=(_samples(first, partings), _samples(second, partings)),
+        ends=[
+            change
+            for change in _changes("", first.final_metrics, second.final_metrics)
+            if not change.key.startswith(_NOT_COMPARED)
+        ],
+    )
+
+
+def _changes(prefix: str, before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    name = f"{prefix}." if prefix else ""
+    keys = {**before, **after}
+    return [Change(f"{name}{k}", before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)]
+
+
+def _settings(first: RunRecord, second: RunRecord) -> list[Change]:
+    decisive = differing([first, second])
+    a, b = first.settings, second.settings
+    rest = {
+        key: [a.get(key), b.get(key)] for key in {**a, **b} if key.startswith(_NO_EFFECT) and a.get(key) != b.get(key)
+    }
+    typed = {_key(text) for text in set(_typed(first)) ^ set(_typed(second))}
+
+    def rank(change: Change) -> tuple[bool, bool, int, bool]:
+        was_typed = any(change.key == key or change.key.startswith(f"{key}.") for key in typed)
+        place = next((i for i, prefix in enumerate(_ORDER) if change.key.startswith(prefix)), len(_ORDER))
+        return (not change.decides, not was_typed, place, not change.key.endswith("_target_"))
+
+    changes = [Change(key, before, after, _decides(key)) for key, (before, after) in (decisive | rest).items()]
+    return sorted(changes, key=rank)
+
+
+def _decides(key: str) -> bool:
+    return not key.startswith(_NO_EFFECT) or key in _ENDS
+
+
+def _typed(run: RunRecord) -> list[str]:
+    sessions = run.record.get("resumed")
+    later = [text for one in sessions for text in one.get("overrides", [])] if isinstance(sessions, list) else []
+    return [*run.overrides, *map(str, later)]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _inputs(run: RunRecord) -> dict[str, Any]:
+    """What went in, by fingerprint."""
+    found: dict[str, Any] = dict(fingerprints(run.folder))
+    if not found and run.record.get("data_fingerprint"):
+        found["dataset"] = run.record["data_fingerprint"]
+    weights = run.part("weights")
+    found |= {"weights.commit": weights["commit"]} if weights.get("commit") else {}
+    return found | ({"parent_run": run.record["parent_run"]} if run.record.get("parent_run") else {})
+
+
+def fingerprints(folder: Path) -> Iterator[tuple[str, str]]:
+    """Name and fingerprint of every input in the run's ``data_report.json``; of a mixture, of each set's."""
+    try:
+        report = json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    yield from fingerprints_in(report)
+
+
+def fingerprints_in(report: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The same, of a report."""
+    if not isinstance(report, dict):
+        return
+    for key, value in report.items():
+        if key == "fingerprints" and isinstance(value, dict):
+            yield from ((f"{name}{part}", str(one)) for part, one in value.items())
+        elif key == "sets" and isinstance(value, dict):
+            for one, inner in value.items():
+                yield from fingerprints_in(inner, f"{one}.")
+        elif name and isinstance(value, dict):
+            yield from fingerprints_in(value, name)
+
+
+def _partings(first: RunRecord, second: RunRecord) -> tuple[list[Parting], int]:
+    logged = [_by_step(run) for run in (first, second)]
+    common = sorted(set(logged[0]) & set(logged[1]))
+    found: dict[str, Parting] = {}
+    for step in common:
+        one, other = logged[0][step], logged[1][step]
+        for metric in one:
+            if metric in other and metric not in found and one[metric] != other[metric]:
+                found[metric] = Parting(metric, step, one[metric], other[metric])
+    return sorted(found.values(), key=lambda parting: parting.step), len(common)
+
+
+def _by_step(run: RunRecord) -> dict[int, dict[str, Any]]:
+    steps: dict[int, dict[str, Any]] = {}
+    for row in run.metrics:
+        kept = {k: v for k, v in row.items() if k not in ("step", "epoch") and not k.startswith(_NOT_COMPARED)}
+        steps.setdefault(row["step"], {}).update(kept)
+    return steps
+
+
+def _samples(run: RunRecord, partings: list[Parting]) -> list[int]:
+    if not partings or not partings[0].step:
+        return []
+    from ftlab.training.ledger import seen_at  # needs torch, which only this question does
+
+    try:
+        return [i for _, ids in sorted(seen_at(run.folder / "ledger", partings[0].step).items()) for i in ids]
+    except (OSError, ValueError):
+        return []
+
+
+def print_difference(found: Difference) -> None:
+    """For people."""
+    console = Console(highlight=False)
+    names = [str(shortest(run.folder)) for run in found.runs]
+    console.print(f"A  {escape(names[0])}\nB  {escape(names[1])}", soft_wrap=True)
+    decisive = [change for change in found.settings if change.decides]
+    _print(console, "settings", decisive, "the same")
+    _print(console, "without effect on the weights", found.settings[len(decisive) :])
+    _print(console, "code", found.code)
+    for commit in found.commits:
+        console.print(f"    {escape(commit)}", soft_wrap=True)
+    _print(console, "inputs", found.inputs, "the same, by fingerprint")
+    _print(console, "environment", found.environment)
+    if not found.partings:
+        told = f"equal to the bit at all {found.common_steps} common steps" if found.common_steps else "no common step"
+        console.print(f"\n[bold]metrics[/]  {told}")
+    else:
+        first = found.partings[0]
+        console.print(f"\n[bold]metrics[/]  part at step {first.step}")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+        for column in ("metric", "first differs at step", "A", "B"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        for one in found.partings:
+            table.add_row(one.metric, str(one.step), _number(one.before), _number(one.after))
+        console.print(table)
+        _print_samples(console, first.step, found.samples, names)
+    _print(console, "at the end", found.ends)
+
+
+def _print_samples(console: Console, step: int, samples: tuple[list[int], list[int]], names: list[str]) -> None:
+    if not any(samples):
+        return
+    if samples[0] == samples[1]:
+        console.print(f"  samples of step {step}, in both: {_listed(samples[0])}", soft_wrap=True)
+    else:
+        for name, ids in zip("AB", samples, strict=True):
+            console.print(f"  samples of step {step} in {name}: {_listed(ids)}", soft_wrap=True)
+    console.print(f"  to read them: ftlab replay {escape(names[0])} --step {step}", soft_wrap=True)
+
+
+def _listed(ids: list[int]) -> str:
+    return ", ".join(map(str, ids[:_SHOWN])) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
+
+
+def _print(console: Console, title: str, changes: list[Change], otherwise: str | None = None) -> None:
+    if changes:
+        console.print(f"\n[bold]{title}[/]")
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
+        for change in changes:
+            table.add_row(escape(change.key), escape(_shown(change.before)), "->", escape(_shown(change.after)))
+        console.print(table, soft_wrap=True)
+    elif otherwise:
+        console.print(f"\n[bold]{title}[/]  {otherwise}")
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    text = _number(value) if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.8g}"
