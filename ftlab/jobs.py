@@ -82,6 +82,8 @@ def _train_alone(config: Config) -> int:
 
 
 def _in_own_process(work: Callable[..., int], config: Config, *args: Any) -> int:
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        multiprocessing.set_start_method("spawn", force=True)  # joblib's workers have one that a child does not know
     # spawn, not fork: threads of this process (BLAS, W&B) do not survive a fork.
     process = multiprocessing.get_context("spawn").Process(target=_and_leave, args=(work, config, *args))
     watch = Watch()

@@ -92,6 +92,7 @@ def compose(
         layers = read_layers(loader, defaults, primary)
         keys = Keys(layers, option_files=_option_files(loader))
         problems += [p for layer in layers if not layer.defines for p in keys.check_layer(layer)]
+        problems += keys.check_pins([layer for layer in layers if layer.name.startswith("experiment/")])
         wrong = {id(value): list(keys.check_override(value)) for value in given.values}
         problems += [p for found in wrong.values() for p in found]
         given.values = [value for value in given.values if not wrong[id(value)]]

@@ -34,6 +34,20 @@ class Keys:
             if not self.exists(key):
                 yield self.unknown(key, setting.value, setting.where)
 
+    def check_pins(self, recipes: Sequence[Layer]) -> Iterator[ConfigError]:
+        """A recipe that sets a value of a group says which of the group's options the value was found with.
+
+        Else a later default, or another recipe's choice, would take the learning rate of one optimizer over to another.
+        """
+        picked = frozenset().union(*(recipe.picks for recipe in recipes))
+        for key, setting in ((key, setting) for recipe in recipes for key, setting in recipe.settings.items()):
+            group, _, rest = key.partition(".")
+            options = [file.stem for file in self._option_files.get(group, ())]
+            # Of several options (logger), each has a key of its own, which says what is meant.
+            if len(options) > 1 and group not in picked and rest.partition(".")[0] not in options:
+                problem = f"is set, but which {group} it is for is not said ({setting.where})"
+                yield ConfigError(key, problem, f"in its defaults:  - override /{group}: {options[0]}")
+
     def check_override(self, given: Override) -> Iterator[ConfigError]:
         """So must the keys that the command line changes, with ``+`` and ``++`` too."""
         key, value, text = given.key_or_group, given.value(), given.input_line or ""

@@ -28,11 +28,15 @@ class Layer:
 
     A layer up to the primary config *defines* keys; what comes after it (experiment, local, debug) may only
     change them, so that a misspelt key in a recipe is an error like one on the command line.
+
+    Attributes:
+        picks: the groups of which the file's defaults list picks an option.
     """
 
     name: str
     defines: bool
     settings: dict[str, Setting]
+    picks: frozenset[str] = frozenset()
 
 
 def read_layers(loader: ConfigLoaderImpl, defaults: list[ResultDefault], primary: str) -> list[Layer]:
@@ -48,9 +52,15 @@ def read_layers(loader: ConfigLoaderImpl, defaults: list[ResultDefault], primary
         if file is None:
             continue
         settings = _read(file, f"{file.parents[path.count('/')].name}/{path}.yaml", default.package or "")
-        layers.append(Layer(path, defines, settings))
+        layers.append(Layer(path, defines, settings, _picks(file)))
         defines = defines and path != primary
     return layers
+
+
+def _picks(file: Path) -> frozenset[str]:
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    named = (str(key) for entry in content.get("defaults") or [] if isinstance(entry, dict) for key in entry)
+    return frozenset(name.removeprefix("override").strip().lstrip("/").partition("@")[0] for name in named)
 
 
 def _read(file: Path, shown: str, package: str) -> dict[str, Setting]:

@@ -42,8 +42,9 @@ def with_resumed_sweep(argv: Sequence[str]) -> list[str]:
     if folder is None:
         return list(argv)
     sweep = SweepFolder.read(folder)
-    jobs_own = [text for text in of_the_jobs(flags.overrides) if not text.startswith("hydra.")]
-    typed = flags.overrides if jobs_own else [*of_the_jobs(sweep.about["command"]), *flags.overrides]
+    typed, keys = list(flags.overrides), {_key(text) for text in flags.overrides}
+    if all(_key(text).startswith("hydra") for text in of_the_jobs(typed)):
+        typed = [*(text for text in of_the_jobs(sweep.about["command"]) if _key(text) not in keys), *typed]
     others = [argument for argument in argv if argument not in flags.overrides and argument not in ("-m", "--multirun")]
     return [*others, "-m", *typed, override("paths.output_dir", str(sweep.path))]
 

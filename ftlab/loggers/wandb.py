@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,9 +40,9 @@ _UPLOAD_TIMEOUT_S = 20.0  # at the end; what is not uploaded by then stays on di
 _FINISH_TIMEOUT_S = _INIT_TIMEOUT_S + _UPLOAD_TIMEOUT_S + 5.0
 _OFFLINE_FINISH_TIMEOUT_S = 10.0  # to write to the local disk
 _QUEUE_LENGTH = 10_000  # log calls; a W&B that falls so far behind has stopped
-# Of the run's folder, into W&B's files: what was trained on, and what exactly came out.
-_ATTACHED = ("config.yaml", "data_report.json", "data_check.html", "export/MANIFEST.json", "report.html")
-_REPORT = "report.html"  # shown in the run's workspace, too
+# Of the folder, into W&B's files: what was trained on, and what exactly came out; of a sweep, what became of its jobs.
+_ATTACHED = ("config.yaml", "data_report.json", "data_check.html", "export/MANIFEST.json", "sweep.json", "summary.csv")
+_REPORT = "report.html"  # shown in the workspace
 _MODES = {
     "online": "online",
     "run": "online",
@@ -122,7 +123,7 @@ class WandbLogger:
             report = self._info.folder / _REPORT
             if report.is_file():
                 run.log({"step": self._step, "report": wandb.Html(report.read_text(encoding="utf-8"), inject=False)})
-            facts = {"status": status, "n_params": self._info.n_params}
+            facts = {"status": status} | ({"n_params": self._info.n_params} if self._info.n_params else {})
             run.summary.update(mask_secrets({**summary, **self._best, **facts}))
             run.finish(exit_code=0 if status == "completed" else 1)
 
@@ -142,6 +143,14 @@ class WandbLogger:
                 self._jobs.put_nowait(job)
             except queue.Full:
                 self._give_up("no longer answers")
+
+    def show_sweep(self, folder: Path, sweep_id: str, summary: Mapping[str, Any]) -> None:
+        """A sweep's report, its table and its record, as one more run of its group."""
+        self._identity["job_type"] = "report"
+        nothing: dict[str, Any] = dict.fromkeys(one.name for one in fields(RunInfo))
+        facts = {"folder": folder, "run_id": sweep_id, "name": f"report {folder.name}", "config": {}, "logged_until": 0}
+        self.start(RunInfo(**nothing | facts))
+        self.finish("completed", summary, [])
 
     # --- on the background thread ----------------------------------------------------------------------
 

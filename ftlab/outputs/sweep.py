@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TextIO
 
 from ftlab.errors import ConfigError
@@ -62,7 +63,7 @@ class SweepFolder:
 
     Attributes:
         path: absolute.
-        about: what ``sweep.json`` says beside the jobs: ``name, command, metric, started, ended``.
+        about: what ``sweep.json`` says beside the jobs: ``id, name, command, metric, started, ended``.
         lock: held by the process that runs the sweep.
     """
 
@@ -104,14 +105,8 @@ class SweepFolder:
         path.mkdir(parents=True, exist_ok=True)
         sweep = cls.read(path) if (path / FILE).is_file() else cls(path)
         sweep.lock = hold(path)
-        started = sweep.about.get("started", _time())
-        sweep.about |= {
-            "name": path.name,
-            "command": list(command),
-            "metric": metric,
-            "started": started,
-            "ended": None,
-        }
+        told = {"name": path.name, "command": list(command), "metric": metric, "ended": None}
+        sweep.about = {"id": token_hex(4), "started": _time()} | sweep.about | told
         sweep.refresh()
         return sweep
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ftlab.config.build import build
+from ftlab.config.compose import CONF
 from ftlab.config.rules import override
 from ftlab.config.sweeps import of_the_jobs
-from ftlab.errors import FtlabError
+from ftlab.errors import ConfigError, FtlabError
 from ftlab.outputs.files import shortest
 from ftlab.outputs.sweep import Job, SweepFolder
 
@@ -39,7 +43,8 @@ class GridSweeper(Sweeper):
         """Run what is not done yet of the sweep in ``hydra.sweep.dir``; ends the process with its worst exit code."""
         # Absolute, and settled now: a job may be composed on another machine, at another time.
         self.path = Path(self.master.hydra.sweep.dir).absolute()
-        self.folder = SweepFolder.begin(self.path, arguments, self.master.evaluation.metric)
+        settings = [text for text in self.master.hydra.overrides.hydra if not text.startswith("hydra.mode=")]
+        self.folder = SweepFolder.begin(self.path, [*settings, *arguments], self.master.evaluation.metric)
         OmegaConf.save(self.master, self.path / "multirun.yaml")
         if hasattr(self.engine, "on_end"):
             self.engine.on_end = self._look
@@ -83,6 +88,7 @@ class GridSweeper(Sweeper):
             return
         # A batch for the launcher has consecutive numbers; a job's own one is in its folder's name.
         results: Sequence[JobReturn] = []
+        _prepare_environment()
         try:
             results = self.engine.launch([self._told(job) for job in free], initial_job_idx=free[0].number)
         except FtlabError:
@@ -108,14 +114,41 @@ class GridSweeper(Sweeper):
         """A line for each job, and where it all is."""
         print("\n" + "\n".join(map(self._line, self.folder.jobs)))
         print(f"sweep: {shortest(self.path)}")
+        self._report()
         if not all(job.is_done for job in self.folder.jobs):
             again = override("sweep.resume", str(shortest(self.path)))
             print(f"what is missing or failed:   python train.py {again}")
+
+    def _report(self) -> None:
+        """report.html on all jobs, where what draws it is installed; in W&B too, where the jobs are."""
+        from ftlab.lab.report import write_report
+
+        begun = [self.path / job.folder for job in self.folder.jobs if job.status != "pending"]
+        if not begun:
+            return
+        try:
+            print(f"report: {shortest(write_report(begun, self.path, title=self.path.name))}")
+        except ConfigError as error:
+            print(f"no report: {error.problem}" + (f"; try: {error.fix}" if error.fix else ""))
+        if (node := self.master.logger.get("wandb")) is not None:
+            settings = OmegaConf.to_container(node, resolve=True)
+            assert isinstance(settings, dict)
+            logger = build({str(key): value for key, value in settings.items()})
+            statuses = Counter(f"jobs/{job.status}" for job in self.folder.jobs)
+            logger.show_sweep(self.path, self.folder.about["id"], dict(statuses))
 
     def _line(self, job: Job) -> str:
         value = "" if job.value is None else f"{self.folder.about['metric']} {job.value:.4f}"
         status = f"{job.status}, {job.kind}" if job.kind else job.status
         return f"#{job.number:<3} {status:<22} step {job.step:<6} {value:<18} {' '.join(self.folder.varying(job))}"
+
+
+def _prepare_environment() -> None:
+    """What processes that engines start need to know; they do not begin with train.py, but with the engine's own."""
+    paths = [str(CONF.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    # Slurm's warning before time is up, as submitit asks for it: the signal that a run takes as "save and stop".
+    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
 
 
 def _exit_code(result: JobReturn) -> int:

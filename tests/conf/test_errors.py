@@ -110,6 +110,17 @@ def test_the_defaults_have_no_problem(problems: Problems) -> None:
     assert problems() == ""
 
 
+def test_an_experiment_that_sets_a_groups_value_must_pick_its_option(conf: Path, problems: Problems) -> None:
+    text = "# @package _global_\n{}optimizer:\n  lr: 2.0e-4\ntrainer:\n  batch_size: 2\n"
+    (conf / "experiment" / "mine.yaml").write_text(text.format(""))
+    assert problems("experiment=mine").splitlines() == [
+        "optimizer.lr: is set, but which optimizer it is for is not said (conf/experiment/mine.yaml:3)",
+        "  try: in its defaults:  - override /optimizer: adamw",
+    ]
+    (conf / "experiment" / "mine.yaml").write_text(text.format("defaults:\n  - override /optimizer: sgd\n"))
+    assert problems("experiment=mine") == ""
+
+
 @pytest.mark.parametrize("file", ["experiment/mine", "debug/mine", "local/default"])
 def test_a_misspelt_key_in_a_file_names_file_and_line(file: str, conf: Path, problems: Problems) -> None:
     path = conf / f"{file}.yaml"

@@ -1,4 +1,4 @@
-"""Who wins: option file < train.yaml < experiment < local < debug < command line."""
+"""Who wins: option file < train.yaml < experiment < sweep < local < debug < command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from ftlab.config.compose import compose
 
 KEY = "trainer.log_every_steps"
-LEVELS = ["option file", "train.yaml", "experiment", "local", "debug", "command line"]
+LEVELS = ["option file", "train.yaml", "experiment", "sweep", "local", "debug", "command line"]
 
 
 @pytest.mark.parametrize("winner", range(len(LEVELS)), ids=LEVELS)
@@ -28,7 +28,7 @@ def test_the_last_level_that_speaks_wins(winner: int, conf: Path) -> None:
             case "local":
                 (conf / "local").mkdir()
                 (conf / "local" / "default.yaml").write_text(text)
-            case "experiment" | "debug":
+            case "experiment" | "sweep" | "debug":
                 (conf / name / "mine.yaml").write_text(text)
                 overrides.append(f"{name}=mine")
             case "command line":

@@ -24,6 +24,7 @@ from ftlab.loggers.console import ConsoleLogger
 from ftlab.loggers.jsonl import JsonlLogger
 from ftlab.loggers.wandb import WandbLogger, choose_mode
 from ftlab.plots import draw_plots
+from tests.wandb_files import items, read_offline_run, rows_of
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -317,37 +318,6 @@ def test_a_refused_key_means_offline_and_the_run_is_recorded(wandb_logger, info,
 
 
 # --- W&B: what an offline run holds ----------------------------------------------------------------------
-
-
-def read_offline_run(folder):
-    """The records of the one offline run, in W&B's own message types.
-
-    The file is a LevelDB log behind a 7-byte header: 32 KiB blocks of chunks (crc 4, length 2, type 1), a record
-    being one chunk of type 1, or a first (2), any number of middle (3) and a last one (4).
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data, at, parts, records = path.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # a block's tail too short for a chunk is padding
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            records.append(Record.FromString(parts))
-            parts = b""
-    return records
-
-
-def items(update):
-    return {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in update}
-
-
-def rows_of(records):
-    return [items(r.history.item) for r in records if r.WhichOneof("record_type") == "history"]
 
 
 @pytest.fixture
