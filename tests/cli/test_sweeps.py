@@ -45,7 +45,7 @@ def start(*arguments: str, cwd: Path, address_space: float | None = None) -> sub
 
 def run(*arguments: str, cwd: Path, address_space: float | None = None) -> tuple[int, str]:
     process = start(*arguments, cwd=cwd, address_space=address_space)
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=1200)
     return process.returncode, said
 
 
