@@ -61,6 +61,10 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.05)
 
 
+def rate_of(job: dict[str, Any]) -> float:
+    return next(float(text.partition("=")[2]) for text in job["overrides"] if text.startswith("optimizer.lr="))
+
+
 def steps_of(folder: Path) -> list[int]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if "train/loss" in line]
@@ -147,7 +151,7 @@ FEW_STEPS = (*SMALL[:4], "trainer.max_steps=3", *LEAN)
 def test_other_launchers_run_a_sweep(launcher: str, tmp_path: Path):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     sweep = tmp_path / "sweep"
-    few = (f"hydra/launcher={launcher}", "-m", "optimizer.lr=1e-3,1e30", *FEW_STEPS, f"paths.output_dir={sweep}")
+    few = ("-m", f"hydra/launcher={launcher}", "optimizer.lr=1e-3,1e30", *FEW_STEPS, f"paths.output_dir={sweep}")
     exit_code, said = run(*few, "optimizer=sgd", "trainer.max_grad_norm=null", cwd=tmp_path)
     assert [(job["status"], job["kind"]) for job in jobs_of(sweep)] == [("completed", None), ("failed", "diverged")], (
         said
@@ -199,12 +203,11 @@ def test_a_search_gives_hopeless_jobs_up_and_goes_on_where_it_was(tmp_path: Path
     exit_code, said = run("hydra.sweeper.n_trials=3", f"sweep.resume={sweep}", cwd=tmp_path)
     assert exit_code == 0, said
     jobs = jobs_of(sweep)
-    rates = [next(text for text in job["overrides"] if text.startswith("optimizer.lr")) for job in jobs]
-    assert set(rates) == {"optimizer.lr=1e-2", "optimizer.lr=1e-9"}
+    rates = [rate_of(job) for job in jobs]
+    assert set(rates) == {1e-2, 1e-9}
     assert len(jobs) == 3
-    first_good = rates.index("optimizer.lr=1e-2")
-    for job, rate in list(zip(jobs, rates, strict=True))[first_good + 1 :]:
-        assert (job["status"] == "pruned") == (rate == "optimizer.lr=1e-9")
+    for job, rate in list(zip(jobs, rates, strict=True))[rates.index(1e-2) + 1 :]:
+        assert (job["status"] == "pruned") == (rate == 1e-9)
         assert job["step"] < 12 or job["status"] == "completed"
 
 
@@ -248,15 +251,12 @@ def test_a_search_finds_the_grids_learning_rate_with_fewer_steps(tmp_path: Path)
     exit_code, said = run("sweep=optuna_lr", *task, f"paths.output_dir={search}", cwd=tmp_path)
     assert exit_code == 0, said
 
-    def rate(job: dict[str, Any]) -> float:
-        return next(float(text.partition("=")[2]) for text in job["overrides"] if text.startswith("optimizer.lr="))
-
     best = [min(jobs_of(one), key=lambda job: job["value"] if job["status"] == "completed" else 1e9)
             for one in (grid, search)]  # fmt: skip
     steps = sum(job["step"] for job in jobs_of(search))
-    print("search", [(f"{rate(job):.2e}", job["step"], job["status"], job["value"]) for job in jobs_of(search)])
-    print("grid", [(rate(job), job["value"]) for job in jobs_of(grid)])
-    print(f"best {[rate(job) for job in best]}, {[job['value'] for job in best]}; steps {steps} of {15 * 80}")
+    print("search", [(f"{rate_of(job):.2e}", job["step"], job["status"], job["value"]) for job in jobs_of(search)])
+    print("grid", [(rate_of(job), job["value"]) for job in jobs_of(grid)])
+    print(f"best {[rate_of(job) for job in best]}, {[job['value'] for job in best]}; steps {steps} of {15 * 80}")
     assert len(jobs_of(search)) == 15
-    assert 1 / 3 <= rate(best[1]) / rate(best[0]) <= 3
+    assert 1 / 3 <= rate_of(best[1]) / rate_of(best[0]) <= 3
     assert steps <= 0.7 * 15 * 80

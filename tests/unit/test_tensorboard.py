@@ -33,10 +33,10 @@ def session(folder: Path, steps: range, scale: float = 1.0) -> None:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
     from tensorboard.util import tensor_util
 
-    reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
     names = [tag for tag in reader.Tags()["tensors"] if "/" in tag and not tag.endswith("text_summary")]
     value = tensor_util.make_ndarray
     return {name: [(e.step, value(e.tensor_proto).item()) for e in reader.Tensors(name)] for name in names}
