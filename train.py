@@ -72,12 +72,19 @@ def run_job(cfg: DictConfig, *, own_process: bool | None = None) -> int:
     try:
         config = check_job(cfg)
     except FtlabError as error:
-        print(error, file=sys.stderr)
+        exit_code = _told(error)
         fail(folder, error)
-        exit_code = error.exit_code
     else:
         exit_code = exit_code_of(lambda: launch(config, own_process=own_process))
     return exit_code if sweeps else sys.exit(exit_code)
+
+
+def _told(error: FtlabError) -> int:
+    """Tell the user, in a log that others may read; returns the exit code."""
+    from ftlab.outputs.secrets import mask_secrets
+
+    print(mask_secrets(str(error)), file=sys.stderr)
+    return error.exit_code
 
 
 def exit_code_of(run: Callable[[], int]) -> int:
@@ -85,8 +92,7 @@ def exit_code_of(run: Callable[[], int]) -> int:
     try:
         return run()
     except FtlabError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        return _told(error)
     except Interrupted as interrupt:
         return 128 + interrupt.number
     except KeyboardInterrupt:

@@ -99,20 +99,20 @@ class Experiment:
 
     def info(self, folder: RunFolder, logged_until: int) -> RunInfo:
         """What loggers are told at the start."""
-        config, run = self.config, self.run
+        config, run = mask_secrets(self.config), self.run
         return RunInfo(
             folder=folder.path,
             run_id=folder.run_id,
             first_step=run.state.progress.step,
             logged_until=logged_until,
             name=config["run_name"],
-            config=mask_secrets(config),
+            config=config,
             seed=config["seed"],
             total_steps=run.total_steps,
             global_batch_size=run.loader.global_batch_size,
             model=f"{self.model_config.n_layers} blocks of {self.model_config.dim}",
             n_params=self.model_config.n_params(),
-            weights=self.model_config.checkpoint,
+            weights=mask_secrets(self.model_config.checkpoint),
             dataset=config["dataset"]["source"],
             n_train_samples=len(self.data.train),
             n_val_samples=len(self.data.validation) if self.data.validation else 0,

@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.verb(arguments) or 0
     except FtlabError as error:
-        print(error, file=sys.stderr)
+        from ftlab.outputs.secrets import mask_secrets
+
+        print(mask_secrets(str(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

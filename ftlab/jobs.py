@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -134,7 +135,8 @@ def follow() -> int:
 
 def dismiss(exit_code: int) -> None:
     """Send the ranks that ``follow`` home, with their exit code."""
-    _jobs().end(exit_code)
+    with suppress(ConfigError):  # there is nowhere to meet them, which has been said
+        _jobs().end(exit_code)
 
 
 def _join(config: Config, own_process: bool, number: int) -> int:

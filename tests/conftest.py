@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,15 @@ atexit.register(shutil.rmtree, os.environ["FTLAB_CACHE_DIR"], ignore_errors=True
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of the reliability figures that were measured."""
+    from tests.faults import figures
+
+    if figures.done:
+        terminalreporter.write("\n" + figures.table([figure.row for figure in figures.done]))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from ftlab.config.rules import as_typed, override
 from ftlab.errors import ConfigError
 
 Values = Mapping[str, Any]
+_PROCESSES, _NODES = "parallelism.nproc_per_node", "parallelism.nnodes"
 
 
 def contradictions(values: Values) -> Iterator[ConfigError]:
@@ -50,11 +51,13 @@ def _portions(values: Values) -> Iterator[ConfigError]:
         state = "neither is" if values[whole] is None else f"both are: {values[accumulation]} and {values[whole]}"
         fix = override(accumulation, 1) if values[whole] is None else override(accumulation, None)
         yield ConfigError(whole, f"set exactly one of {accumulation} and {whole}, {state}", fix)
-    elif values[whole] is not None and values[batch] is not None and values[whole] % values[batch]:
-        # How many ranks there are is known later; a multiple for one rank is needed whatever their number.
-        problem = f"{values[whole]} is not a multiple of {batch} × data-parallel ranks = {values[batch]} × 1"
-        multiple = max(1, round(values[whole] / values[batch])) * values[batch]
-        yield ConfigError(whole, problem, override(whole, multiple))
+    elif values[whole] is not None and values[batch] is not None:
+        # Where it is known later how many ranks there are, a multiple for one is needed whatever their number.
+        ranks = _known_ranks(values) or 1
+        at_once = values[batch] * ranks
+        if values[whole] % at_once:
+            problem = f"{values[whole]} is not a multiple of {batch} × data-parallel ranks = {values[batch]} × {ranks}"
+            yield ConfigError(whole, problem, override(whole, max(1, round(values[whole] / at_once)) * at_once))
 
 
 def _warmup(values: Values) -> Iterator[ConfigError]:
@@ -98,18 +101,22 @@ def _heads(values: Values) -> Iterator[ConfigError]:
 
 
 def _mesh(values: Values) -> Iterator[ConfigError]:
-    replicate, shard, processes, nodes = (
-        f"parallelism.{name}" for name in ("replicate_degree", "shard_degree", "nproc_per_node", "nnodes")
-    )
-    if not _are_set(values, replicate, shard, processes, nodes):
-        return  # how many processes there are is known later; ftlab/distributed/fsdp.py checks then
-    made, ranks = values[replicate] * values[shard], values[processes] * values[nodes]
+    replicate, shard = "parallelism.replicate_degree", "parallelism.shard_degree"
+    ranks = _known_ranks(values)
+    if ranks is None or not _are_set(values, replicate, shard):
+        return  # ftlab/distributed/fsdp.py checks when it is known how many there are
+    made = values[replicate] * values[shard]
     if made != ranks:
         problem = (
             f"replicate_degree × shard_degree = {values[replicate]} × {values[shard]} = {made}, but "
-            f"nproc_per_node × nnodes = {values[processes]} × {values[nodes]} = {ranks} ranks"
+            f"nproc_per_node × nnodes = {values[_PROCESSES]} × {values[_NODES]} = {ranks} ranks"
         )
         yield ConfigError(replicate, problem, override(replicate, None))
+
+
+def _known_ranks(values: Values) -> int | None:
+    """How many ranks the configuration itself starts; None where that depends on the machine or on a launcher."""
+    return values[_PROCESSES] * values[_NODES] if _are_set(values, _PROCESSES, _NODES) else None
 
 
 def _in_backward(values: Values) -> Iterator[ConfigError]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import errno
 import glob
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from ftlab.config.rules import override
 from ftlab.errors import ConfigError
+from ftlab.outputs.files import read_json
 
 _INPUTS = ("model.checkpoint", "tokenizer.path", "dataset.data_files", "dataset.val_data_files")
 
@@ -66,7 +66,8 @@ def output_problem(folder: str) -> ConfigError | None:
     if (path / "run.json").is_file() and not again:
         free = next(f"{path}_{n}" for n in range(2, 1000) if not os.path.lexists(f"{path}_{n}"))
         run = _describe(path / "run.json")
-        return ConfigError("paths.output_dir", f"{path} already holds {run}", override("paths.output_dir", free))
+        fix = f"{override('paths.output_dir', free)}, or to go on with that run: resume={path}"
+        return ConfigError("paths.output_dir", f"{path} already holds {run}", fix)
     existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not existing.is_dir():
         return unwritable(path, errno.ENOTDIR)
@@ -81,7 +82,7 @@ def unwritable(path: Path, number: int) -> ConfigError:
 
 def _describe(run_json: Path) -> str:
     try:
-        run = json.loads(run_json.read_text(encoding="utf-8"))
-        return f"the run {run['name']!r} ({run['status']}); a run never overwrites another"
+        run = read_json(run_json)
+        return f"the run {run['name']!r} ({run['id']}, {run['status']}); a run never overwrites another"
     except (OSError, ValueError, KeyError, TypeError):
         return "another run (its run.json cannot be read); a run never overwrites another"

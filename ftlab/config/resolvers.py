@@ -74,7 +74,7 @@ def fresh_folder(base: str, name: str, per: str = "name") -> str:
     if (before := _folders_of_the_attempt_before().get(_as_text(key))) is not None:
         return before
     if key not in _fresh:
-        stem = re.sub(r"[^\w.,=+-]+", "-", str(name))  # a name is not a path: no "/" here
+        stem = re.sub(r"[^\w.,=+-]+", "-", mask_secrets(str(name)))  # a name is not a path: no "/" here
         _fresh[key] = _first_free(f"{base}/{_started:%Y-%m-%d}/{_started:%H-%M-%S}_{stem}")
     return _fresh[key]
 

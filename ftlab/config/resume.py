@@ -9,18 +9,20 @@ and resumed with before. So a changed option brings its other values along, and 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from ftlab.config.compose import Composition, compose, hydra_globals
 from ftlab.config.layers import leaves
 from ftlab.config.resolve import resolve
+from ftlab.config.stored import stored_config
 from ftlab.errors import CheckpointError, ConfigError, ConfigErrors
+from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
 from ftlab.storage.addresses import Address, candidates, find_run, told
 
@@ -35,6 +37,7 @@ _SETTLED = (
 )
 # Where the same things are by now: fingerprints are compared when they have been read.
 _MOVABLE = ("model.checkpoint", "tokenizer.path", "dataset.data_files", "dataset.source")
+_CALL = re.compile(r"\$\{(?:[^{}]*:|\s*\$)")  # of a resolver: ${oc.env:NAME}
 # Of a run's own, not of its configuration.
 _OWN = ("resume", "paths.")
 
@@ -149,8 +152,7 @@ def _own_config(address: Address) -> dict[str, Any]:
     found = candidates(address)
     for number, one in enumerate(found):
         try:
-            config: dict[str, Any] = told(one)["config"]
-            return config
+            return stored_config(told(one)["config"], one.path)
         except CheckpointError:
             if number == len(found) - 1:
                 raise
@@ -161,13 +163,15 @@ def _overrides_before(run: Path) -> list[str]:
     """All that the user typed for this run so far."""
     typed: list[str] = []
     try:
-        first = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+        first = read_yaml(run / ".hydra" / "overrides.yaml")
         typed += [str(override) for override in first or []]
         for session in read_record(run).get("resumed", []):
             typed += [str(override) for override in session.get("overrides", [])]
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, AttributeError):
         pass  # a run that was not started from a command line
-    return [override for override in typed if _key(override) not in (KEY, "")]
+    # Whoever wrote this folder does not get to ask this machine's environment, nor to name folders of options.
+    believed = [text for text in typed if not _CALL.search(text) and not _key(text).startswith("hydra.")]
+    return [text for text in believed if _key(text) not in (KEY, "")]
 
 
 def _key(override: str) -> str:

@@ -17,9 +17,11 @@ from typing import Any
 from ftlab.config.rules import override
 from ftlab.errors import ConfigError
 
-_ALLOWED = re.compile(r"ftlab(\.[A-Za-z]\w*)+|torch\.optim\.[A-Z]\w*")
+# The rooms whose classes only compute. Those of others, ftlab's own too, make folders and files when they are built.
+_ROOMS = ("data", "distributed", "loggers", "losses", "models", "optim", "training")
+_ALLOWED = re.compile(rf"ftlab\.({'|'.join(_ROOMS)})(\.[A-Za-z]\w*)+|torch\.optim\.[A-Z]\w*")
 _ALLOWED_FOR_HYDRA = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)(\.\w+)+")
-_RULE = "allowed are the classes of ftlab.* and the optimizers of torch.optim"
+_RULE = f"allowed are the classes of ftlab.{{{','.join(_ROOMS)}}} and the optimizers of torch.optim"
 CONTROL = frozenset({"_target_", "_partial_"})  # Hydra's _args_, _convert_, _recursive_ have no use here
 
 

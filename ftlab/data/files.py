@@ -56,6 +56,9 @@ def find_files(data_files: str | Sequence[str] | None, source: str) -> list[Path
                 else f"no file at {path.absolute()}"
             )
             raise ConfigError("dataset.data_files", what, "dataset.data_files=/path/to/rows.json")
+        for file in inside:
+            if not file.is_file():  # a pipe can be read once only, and rows are read as often as they are needed
+                raise ConfigError("dataset.data_files", f"{file} is not a regular file", "a file with its content")
         files += inside
     return files
 

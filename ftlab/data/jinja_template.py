@@ -15,7 +15,9 @@ from ftlab.data.templates import Part
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.data.tokenizers.chat import render_chat
 from ftlab.errors import ConfigError, DataError
+from ftlab.storage.disk import read_small_file
 
+_MAX_BYTES = 2**24  # of a template
 _BEGIN, _END = "\ue006", "\ue007"  # around what a template calls the assistant's, private to one rendering
 _GENERATION = re.compile(r"(\{%[-+]?\s*generation\s*(-?)\+?%\}\n?)")
 _ENDGENERATION = re.compile(r"(?:^[ \t]*)?\{%(-?)\+?\s*endgeneration", re.MULTILINE)
@@ -43,7 +45,7 @@ class JinjaTemplate:
         if path is None:
             return None
         try:
-            return Path(path).expanduser().read_text(encoding="utf-8")
+            return read_small_file(Path(path).expanduser(), _MAX_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("dataset.template.path", f"{path} cannot be read: {error}") from error
 

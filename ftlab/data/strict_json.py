@@ -94,9 +94,12 @@ def _line_rows(
 
 
 def _rejoined(start: bytes, stream: BinaryIO) -> Iterator[bytes]:
-    if start:
-        yield start + stream.readline() if start != b"\n" else start
-    yield from stream
+    line = start + stream.readline(_MAX_ROW) if start not in (b"", b"\n") else start
+    while line:
+        if len(line) >= _MAX_ROW and not line.endswith(b"\n"):
+            raise OSError(f"a line of more than {_MAX_ROW} bytes")
+        yield line
+        line = stream.readline(_MAX_ROW)
 
 
 class _Stop(Exception):  # noqa: N818

@@ -42,6 +42,8 @@ from ftlab.errors import ConfigError
 
 _POLL_S = 0.02
 _GOODBYE_S = 5.0
+_MEETING = timedelta(minutes=10)
+_HERE = "127.0.0.1"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # passed on to workers
 
 
@@ -75,8 +77,12 @@ def start_workers(
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    store = None if settings.rdzv_endpoint else loopback_store()
+    if store is not None:
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # no store of torch's own beside ours
+        work, args = _at_store, (store.port, work, *args)
     try:
-        elastic_launch(_launch_config(settings, n_local, scratch), work)(*args)
+        elastic_launch(_launch_config(settings, n_local, scratch, store), work)(*args)
     except ChildFailedError as error:
         return {failure.local_rank: failure.exitcode for failure in error.failures.values()}
     except SignalException as received:
@@ -95,7 +101,13 @@ def start_workers(
     return {}
 
 
-def _launch_config(settings: Workers, n_local: int, scratch: Path) -> LaunchConfig:
+def _at_store(port: int, work: Callable[..., None], *args: Any) -> None:
+    """``work`` in a worker that finds the others at the launcher's store."""
+    os.environ |= {"MASTER_ADDR": _HERE, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    work(*args)
+
+
+def _launch_config(settings: Workers, n_local: int, scratch: Path, store: dist.TCPStore | None) -> LaunchConfig:
     options: dict[str, Any] = {
         "min_nodes": settings.nnodes,
         "max_nodes": settings.nnodes,
@@ -111,9 +123,11 @@ def _launch_config(settings: Workers, n_local: int, scratch: Path) -> LaunchConf
         # Seconds from SIGTERM to SIGKILL, in which ranks finish their step and save; before torch 2.13 always 30.
         # Those of a broken job do not take them: heartbeat.py sees to it.
         options["shutdown_timeout"] = 600
-    if settings.rdzv_endpoint is None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface("127.0.0.1"))
-        return LaunchConfig(**options, run_id=uuid.uuid4().hex, rdzv_endpoint="localhost:0", local_addr="localhost")
+    if store is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(_HERE))
+        options |= {"rdzv_endpoint": f"{_HERE}:{store.port}", "local_addr": _HERE, "rdzv_configs": {"is_host": False}}
+        return LaunchConfig(**options, run_id=uuid.uuid4().hex)
+    assert settings.rdzv_endpoint is not None
     # gloo would take the address that the host's own name stands for, often one that other machines cannot reach.
     local_address = _address_towards(settings.rdzv_endpoint)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(local_address))
@@ -179,10 +193,50 @@ def last_word(scratch: Path, n_local: int) -> int | None:
 
 
 def open_store(group: Group) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT: the launcher's own where it has one, else hosted by rank 0."""
-    store, _, _ = next(dist.rendezvous("env://", group.rank, group.world_size, timeout=timedelta(minutes=10)))
+    """The store at MASTER_ADDR:MASTER_PORT: the launcher's own where it has one, else hosted by rank 0.
+
+    Raises:
+        ConfigError: when it cannot be hosted or reached there, naming the variable.
+    """
+    launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if group.local_world_size == group.world_size:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(_HERE))  # gloo listens there too
+        if not launchers:
+            os.environ["MASTER_ADDR"] = _HERE
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError("MASTER_PORT", f"must be a port, 1 to 65535, got {port!r}")
+    try:
+        if address == _HERE and not launchers and group.rank == 0:
+            store: dist.Store = loopback_store(int(port))
+        else:
+            store, _, _ = next(dist.rendezvous("env://", group.rank, group.world_size, timeout=_MEETING))
+    except (OSError, dist.DistError) as error:
+        told = str(error).partition("\n")[0]
+        if group.rank == 0 and not launchers:
+            fix = "a port that nobody listens on, the same for all ranks"
+            raise ConfigError("MASTER_PORT", f"rank 0 cannot listen on port {port}: {told}", fix) from error
+        raise ConfigError("MASTER_ADDR", f"rank 0 cannot be reached at {address}:{port}: {told}") from error
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # it is there now: processes of this one's only connect
     return store
+
+
+def loopback_store(port: int = 0) -> dist.TCPStore:
+    """A store that only this machine can reach.
+
+    torch's own listens on every address of the machine, and whoever can reach it can change what ranks read there.
+
+    Raises:
+        OSError: when the port is taken.
+    """
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((_HERE, port))
+        listening.listen(128)
+        port = listening.getsockname()[1]
+        return dist.TCPStore(
+            _HERE, port, is_master=True, timeout=_MEETING, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
 
 
 def meet(worker: WorkerEnv, group: Group, *, leads: bool) -> WorkerEnv:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ftlab.assembly import beside_checkpoint, read_data
 from ftlab.config.build import build
+from ftlab.config.stored import stored_config
 from ftlab.data.batch import Pack, Sample
 from ftlab.data.loader import BatchLoader
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError
 from ftlab.models.hub import resolve_checkpoint
+from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
 from ftlab.training.ledger import seen_at
 from ftlab.training.loop import TrainerConfig
@@ -52,10 +51,10 @@ def replay(run: Path, step: int) -> Replayed:
         ConfigError: ``run`` is no run's folder, or never did that step.
     """
     try:
-        config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = stored_config(read_yaml(run / "config.yaml"), run, to_build=("tokenizer", "dataset", "trainer"))
         record = read_record(run)
         global_batch_size, done = record["global_batch_size"], record["progress"]["step"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("RUN", f"{run} is not a run that has trained: {error}", "outputs/latest") from error
     if not 1 <= step <= done:
         raise ConfigError(

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ftlab.assembly import build_model, weights_in, weights_of, with_vocabulary
 from ftlab.config.build import build
 from ftlab.config.resume import upgraded
+from ftlab.config.stored import stored_config
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
 from ftlab.models.auto import AnyModel, as_exported, find_model
+from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
 from ftlab.storage.addresses import OUTPUTS, candidates, find_run
 from ftlab.storage.checkpoints import verify
@@ -59,7 +59,7 @@ def open_trained(address: str, device: str | None = None) -> Trained:
     found = candidates(find_run(address, "RUN"))[0]
     verify(found, None)
     opened = open_checkpoint(found.path)
-    config = upgraded(opened.told["config"], found.path.parent.parent)
+    config = _believed(opened.told["config"], found.path.parent.parent, found.path)
     tokenizer: Tokenizer = build(config["tokenizer"])
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(device or config["device"]))
@@ -81,10 +81,10 @@ def open_trained(address: str, device: str | None = None) -> Trained:
 def _exported(run: Path, device: str | None) -> Trained:
     export = run / "export"
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        config = read_yaml(run / "config.yaml")
+    except (OSError, ValueError) as error:
         raise ConfigError("RUN", f"{run} is no run's folder: {error}", "outputs/latest") from None
-    config = upgraded(config, run)
+    config = _believed(config, run, run)
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(device or config["device"]))
     # Its own copy of the tokenizer; one that needs no file has no path.
@@ -99,6 +99,12 @@ def _exported(run: Path, device: str | None) -> Trained:
         step=_steps(run),
         source=export,
     )
+
+
+def _believed(config: Any, run: Path, where: Path) -> dict[str, Any]:
+    """What is stored, in today's terms, once it is known that it can be built."""
+    config = upgraded(stored_config(config, where), run)
+    return stored_config(config, where, to_build=("model", "tokenizer", "dataset", "precision"))
 
 
 def _steps(run: Path) -> int | None:

@@ -67,7 +67,7 @@ class WandbLogger:
         self, *, project: str, entity: str | None, group: str | None, job_type: str | None, tags: Sequence[str]
     ):
         identity = {"project": project, "entity": entity, "group": group, "job_type": job_type, "tags": list(tags)}
-        self._identity: dict[str, Any] = identity
+        self._identity: dict[str, Any] = mask_secrets(identity)
         self._best: dict[str, float] = {}  # the best value of the metric that decides, and its step
         self._jobs: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_QUEUE_LENGTH)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)

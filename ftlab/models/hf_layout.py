@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -79,8 +78,8 @@ def _indexed_shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     refuse_lfs_pointer(index)
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        files = sorted(set(read_json_object(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
         raise ConfigError(KEY, f"{index} is not an index of safetensors shards: {error!r}") from error
     for file in files:
         # By name and not by resolved path: in the Hub's cache every file is a link out of the folder.

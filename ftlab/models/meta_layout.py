@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +59,13 @@ def open_consolidated(folder: Path, config: ModelConfig) -> dict[str, StoredTens
 
 
 def _map_shard(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ConfigError(KEY, f"{path} is not a regular file")
     refuse_lfs_pointer(path)
     try:
         shard = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged or hostile pickle can make torch raise anything
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ConfigError(KEY, f"{path} ({path.stat().st_size} bytes) cannot be read: {reason}") from error
     if not isinstance(shard, dict) or not all(isinstance(value, Tensor) for value in shard.values()):
         raise ConfigError(KEY, f"{path} is not a dict of tensors")

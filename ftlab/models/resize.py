@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -16,7 +15,7 @@ from ftlab.errors import ConfigError
 from ftlab.models.config import ModelConfig
 from ftlab.models.hf import HFModelConfig
 from ftlab.models.layouts import Layout, described_sizes
-from ftlab.models.stored import StoredTensor
+from ftlab.models.stored import StoredTensor, read_json_object
 
 _Config = TypeVar("_Config", bound="ModelConfig | HFModelConfig")
 
@@ -79,7 +78,7 @@ def compare_specials(folder: Path, bos_id: int | None, eos_id: int) -> list[str]
 def _described_ids(folder: Path, key: str) -> Iterator[int]:
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            value = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
+            value = read_json_object(folder / name).get(key)
             yield from value if isinstance(value, list) else [] if value is None else [value]
 
 

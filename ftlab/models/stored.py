@@ -12,8 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from ftlab.errors import ConfigError
+from ftlab.storage.disk import read_small_file
 
 KEY = "model.checkpoint"
+_MAX_JSON_BYTES = 256 * 2**20  # the index of a model of a million tensors has less
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ def refuse_lfs_pointer(path: Path) -> None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A file's JSON object; anything else in it is refused."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(read_small_file(path, _MAX_JSON_BYTES))
+    except OSError as error:
+        raise ConfigError(KEY, f"{path} {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(KEY, f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(KEY, f"{path} is not a JSON object")

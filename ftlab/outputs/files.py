@@ -10,9 +10,16 @@ from typing import Any
 
 import yaml
 
+from ftlab.storage.disk import read_small_file
+
+MAX_BYTES = 64 * 2**20  # of a file about a run
+
 
 class _Dumper(yaml.SafeDumper):
     """YAML that Hydra reads back with the same types."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
 
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -25,6 +32,42 @@ def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_str)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, and none of them twice: a few lines of aliases can stand for a billion values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias, which ftlab neither writes nor reads", mark)
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file of a run says, whoever wrote it: nothing in it is called, resolved or repeated.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is something else.
+    """
+    try:
+        return yaml.load(read_small_file(path, MAX_BYTES).decode("utf-8"), Loader=_Loader)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run says, whoever wrote it.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is something else.
+    """
+    try:
+        return json.loads(read_small_file(path, MAX_BYTES).decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
 
 
 def to_yaml(obj: Any) -> str:

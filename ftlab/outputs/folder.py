@@ -19,7 +19,7 @@ from typing import Any, Literal, TextIO
 
 from ftlab.errors import FtlabError, kind_of
 from ftlab.outputs.environment import code_state, machine, now, versions
-from ftlab.outputs.files import to_json, to_yaml
+from ftlab.outputs.files import read_json, to_json, to_yaml
 from ftlab.outputs.secrets import mask_secrets
 from ftlab.storage.disk import replace_file
 
@@ -35,7 +35,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         NewerFormatError: when a newer ftlab wrote it.
     """
     path = folder / "run.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     if not isinstance(record, dict):
         raise ValueError(f"{path} is not a JSON object")
     if isinstance(number := record.get("format"), int) and number > FORMAT:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import queue
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -197,6 +198,23 @@ class LineFile:
             self.write()
         finally:
             os.close(self._fd)
+
+
+def read_small_file(path: Path, at_most: int) -> bytes:
+    """A file's content; not of a pipe or a device, at which a reader would hang, nor more than it can sensibly have.
+
+    Args:
+        at_most: bytes.
+
+    Raises:
+        OSError: saying which it is.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    if status.st_size > at_most:
+        raise OSError(errno.EFBIG, f"has {status.st_size} bytes, more than the {at_most} that it may have", str(path))
+    return path.read_bytes()
 
 
 def file_sha256(path: Path) -> str:

@@ -167,9 +167,9 @@ def test_ctrl_c_before_the_run_exits_130_quietly(
 
 def test_a_second_run_into_a_folder_is_refused(script: Script, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "run.json").write_text('{"name": "first", "status": "completed"}')
+    (tmp_path / "mine" / "run.json").write_text('{"name": "first", "id": "1a2b", "status": "completed"}')
     assert script(f"paths.output_dir={tmp_path / 'mine'}") == 2
-    assert "already holds the run 'first' (completed)" in capsys.readouterr().err
+    assert "already holds the run 'first' (1a2b, completed)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["--info", "defaults"], ["--hydra-help"]])

@@ -23,6 +23,7 @@ from ftlab.data.tokenizers.files import KEY, read_bytes, read_json_beside
 from ftlab.errors import ConfigError, DataError
 
 Messages = Sequence[Mapping[str, Any]]
+_MAX_PRODUCT = 10_000_000  # of what a template multiplies: repeated text, or a number
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -67,7 +68,9 @@ def render_chat(
         ) from error
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(KEY, f"its chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+    except RecursionError as error:
+        raise ConfigError(KEY, "its chat template calls itself without an end") from error
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise DataError(f"the tokenizer's chat template refuses these messages: {error}") from error
 
 
@@ -84,6 +87,15 @@ def _compile(template: str) -> jinja2.Template:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """A product, unless it would fill the memory."""
+        sizes = [len(side) if isinstance(side, str | list | tuple) else abs(side) for side in (left, right)]
+        if (sizes[0] * sizes[1] if operator == "*" else sizes[1]) > _MAX_PRODUCT:
+            raise SecurityError(f"a product of {operator!r} beyond {_MAX_PRODUCT}")
+        return super().call_binop(context, operator, left, right)
+
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         # Jinja's own returns an undefined value, which prints as nothing: the attempt would go unseen.
         raise SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__}")

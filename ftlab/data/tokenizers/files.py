@@ -10,12 +10,14 @@ from typing import Any
 
 from ftlab.data.tokenizers.base import CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON
 from ftlab.errors import ConfigError
+from ftlab.storage.disk import read_small_file
 
 KEY = "tokenizer.path"
 MODEL_FILE = "tokenizer.model"
 BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE, "generation_config.json", "config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_TIMEOUT_S = 10
+_MAX_BYTES = 2**30  # of one file; the largest vocabularies take a few dozen MiB
 
 
 def find_file(path: str | None, names: Sequence[str]) -> Path:
@@ -55,7 +57,10 @@ def read_bytes(file: Path) -> bytes:
     Raises:
         ConfigError: for the pointer that git leaves where git-LFS did not fetch the file.
     """
-    content = file.read_bytes()
+    try:
+        content = read_small_file(file, _MAX_BYTES)
+    except OSError as error:
+        raise ConfigError(KEY, f"{file} {error.strerror}") from error
     if content.startswith(b"version https://git-lfs"):
         problem = f"{file} is a git-LFS pointer of {len(content)} bytes, not the tokenizer"
         raise ConfigError(KEY, problem, f"git -C {file.parent} lfs pull")
@@ -74,7 +79,7 @@ def read_json_beside(folder: Path, name: str) -> dict[str, Any]:
     content = read_bytes(file)
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(KEY, f"{file} ({len(content)} bytes) is no JSON, or truncated: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(KEY, f"{file} is no JSON object")
