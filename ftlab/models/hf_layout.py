@@ -79,8 +79,9 @@ def _indexed_shards(folder: Path) -> list[Path]:
     refuse_lfs_pointer(index)
     try:
         files = sorted(set(read_json_object(index)["weight_map"].values()))
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(KEY, f"{index} is not an index of safetensors shards: {error!r}") from error
+    except (ConfigError, KeyError, AttributeError, TypeError) as error:
+        reason = error.problem if isinstance(error, ConfigError) else repr(error)
+        raise ConfigError(KEY, f"{index} is not an index of safetensors shards: {reason}") from error
     for file in files:
         # By name and not by resolved path: in the Hub's cache every file is a link out of the folder.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):

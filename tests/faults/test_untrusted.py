@@ -52,11 +52,17 @@ SECRET = "canary-of-the-environment"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def warm() -> Iterator[Warm]:
+    """Where commands are forked from."""
+    with Warm() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def finished(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run that went well, with an export."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    with Warm() as warm:
-        said = warm("train.py", *SMALL, *QUIET, f"paths.output_dir={folder}", cwd=folder.parent)
+    said = warm("train.py", *SMALL, *QUIET, f"paths.output_dir={folder}", cwd=folder.parent)
     assert said.exit_code == 0, said.stderr
     return folder
 
@@ -167,9 +173,7 @@ def test_s9_the_payloads_work(canary: Path) -> None:
 
 @trials(few=40, all_=300)
 def test_s9_a_target_in_a_stored_configuration_is_not_called(n: int, run: Path, canary: Path) -> None:
-    cases = [
-        (target, place, reader) for target in payloads(canary) for place in PLACES for reader in READERS
-    ]  # each once, with all of them
+    cases = [(target, place, reader) for target in payloads(canary) for place in PLACES for reader in READERS]
     claim = f"{len(payloads(canary))} targets × {len(PLACES)} places × {len(READERS)} readers of a stored configuration"
     before = {name: (run / name).read_bytes() for name in ("config.yaml",)}
     [checkpoint] = (run / "checkpoints").iterdir()
@@ -194,18 +198,17 @@ def test_s9_a_configuration_without_a_part_is_named(reader: str, group: str, run
         READERS[reader](run)
 
 
-def test_s9_from_outside(run: Path, canary: Path) -> None:
+def test_s9_from_outside(run: Path, canary: Path, warm: Warm) -> None:
     change_stored(run, lambda config: plant(config, "a group", {"_target_": "os.system", "command": f"touch {canary}"}))
     commands = [
         ["train.py", f"resume={run}"],
         ["ftlab", "generate", str(run), "hello"],
         ["ftlab", "export", str(run), str(run / "out")],
     ]
-    with Warm() as warm:
-        for command in commands:
-            said = warm(*command, cwd=run.parent)
-            assert (said.exit_code, "Traceback" in said.stderr) == (2, False)
-            assert "loss._target_: 'os.system' is not in the allowlist" in said.stderr
+    for command in commands:
+        said = warm(*command, cwd=run.parent)
+        assert (said.exit_code, "Traceback" in said.stderr) == (2, False)
+        assert "loss._target_: 'os.system' is not in the allowlist" in said.stderr
 
 
 # ------------------------------------------------------------------------------------------------- S10: resolvers
@@ -417,12 +420,10 @@ def test_s15_yaml_of_a_stranger_is_only_data(content: str, reader: str, run: Pat
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
-def test_s15_deep_json_is_named(name: str, run: Path) -> None:
+def test_s15_deep_json_is_named(name: str, run: Path, warm: Warm) -> None:
     (run / "export" / name).write_text('{"a":' * 100_000)
-    with Warm() as warm:
-        said = warm(
-            *("train.py", *SMALL, *QUIET, f"model.checkpoint={run / 'export'}", "tokenizer=huggingface"), cwd=run.parent
-        )
+    weights = (f"model.checkpoint={run / 'export'}", "tokenizer=huggingface")
+    said = warm("train.py", *SMALL, *QUIET, *weights, cwd=run.parent)
     assert said.exit_code == 2
     assert name in said.stderr
     assert "Traceback" not in said.stderr
