@@ -18,7 +18,7 @@ from ftlab.config.rules import override
 from ftlab.errors import ConfigError
 
 # The rooms whose classes only compute. Those of others, ftlab's own too, make folders and files when they are built.
-_ROOMS = ("data", "distributed", "loggers", "losses", "models", "optim", "training")
+_ROOMS = ("data", "distributed", "lab", "loggers", "losses", "models", "optim", "training")
 _ALLOWED = re.compile(rf"ftlab\.({'|'.join(_ROOMS)})(\.[A-Za-z]\w*)+|torch\.optim\.[A-Z]\w*")
 _ALLOWED_FOR_HYDRA = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)(\.\w+)+")
 _RULE = f"allowed are the classes of ftlab.{{{','.join(_ROOMS)}}} and the optimizers of torch.optim"
