@@ -27,9 +27,9 @@ from ftlab.config.resolve import resolve
 from ftlab.config.resolvers import claim_folder
 from ftlab.config.resume import KEY as RESUME
 from ftlab.config.resume import resume_in, resumed_config
-from ftlab.config.rules import override, rule_for
+from ftlab.config.rules import RULES, override, rule_for
 from ftlab.config.sweeps import extremes
-from ftlab.config.targets import forbidden, misfits
+from ftlab.config.targets import forbidden, misfits, unnamed
 from ftlab.errors import ConfigError, ConfigErrors
 from ftlab.outputs.sweep import FILE as SWEEP_FILE
 from ftlab.outputs.sweep import set_aside
@@ -143,6 +143,8 @@ def first_phase(composition: Composition) -> tuple[dict[str, Any], list[ConfigEr
 
 def _check_values(config: dict[str, Any], composition: Composition | None) -> Iterator[ConfigError]:
     values = dict(leaves(config))
+    # Mappings where single values belong.
+    values |= {key: value for key, value in _mappings(config) if key in RULES}
     fine = dict(values)
     for key, value in values.items():
         rule = rule_for(key, composition.default(key) if composition else None)
@@ -155,6 +157,14 @@ def _check_values(config: dict[str, Any], composition: Composition | None) -> It
     yield from missing_inputs(fine)
     yield from _beginning(fine)
     yield from forbidden(config)
+    yield from unnamed(config)
+
+
+def _mappings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield f"{prefix}{name}", value
+            yield from _mappings(value, f"{prefix}{name}.")
 
 
 def _beginning(values: dict[str, Any]) -> Iterator[ConfigError]:

@@ -88,8 +88,9 @@ def compose(
     problems = list(given.problems) + ([] if sweep else [several_values(swept) for swept in given.sweeps])
     with hydra_errors(problems):
         choices = [text_of(choice) for choice in given.choices.values()]
-        defaults = loader.compute_defaults_list(primary, choices, RunMode.RUN).defaults
-        layers = read_layers(loader, defaults, primary)
+        with _reading_files():
+            defaults = loader.compute_defaults_list(primary, choices, RunMode.RUN).defaults
+            layers = read_layers(loader, defaults, primary)
         keys = Keys(layers, option_files=_option_files(loader))
         problems += [p for layer in layers if not layer.defines for p in keys.check_layer(layer)]
         problems += keys.check_pins([layer for layer in layers if layer.name.startswith("experiment/")])
@@ -97,7 +98,8 @@ def compose(
         problems += [p for found in wrong.values() for p in found]
         given.values = [value for value in given.values if not wrong[id(value)]]
         settings = [text_of(value) for value in given.hydra + given.values]
-        cfg = loader.load_configuration(primary, choices + settings, RunMode.RUN)
+        with _reading_files():
+            cfg = loader.load_configuration(primary, choices + settings, RunMode.RUN)
     return Composition(cfg, layers, given, problems)
 
 
@@ -169,6 +171,18 @@ def hydra_errors(known: Sequence[ConfigError] = ()) -> Iterator[None]:
         problem = next((line.strip() for line in told.splitlines() if line.strip()), repr(error))
         name = next(filter(None, key.groups())) if key else "configuration"
         raise ConfigErrors([*known, ConfigError(name, problem)]) from error
+
+
+@contextmanager
+def _reading_files() -> Iterator[None]:
+    """Where Hydra's readers of files raise Python's own exceptions for what is wrong in a file."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException):
+        raise  # some of them are ValueErrors too
+    except (ValueError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        told = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ConfigErrors([ConfigError("conf", f"the file of an option cannot be read: {told}")]) from error
 
 
 def _shown(file: str) -> str:

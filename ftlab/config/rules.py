@@ -81,7 +81,7 @@ class Number(Rule):
     def broken_by(self, value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             return f"must be a {'whole ' if self.whole else ''}number, got {value!r}"
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return f"must be finite, got {value}"
         return None if self._inside(value) else f"must be {self._range()}, got {value}"
 

@@ -7,13 +7,9 @@ from typing import Any
 
 from ftlab.config.layers import leaves
 from ftlab.config.rules import rule_for
-from ftlab.config.targets import forbidden, misfits
+from ftlab.config.targets import forbidden, misfits, unnamed
 from ftlab.errors import ConfigError, ConfigErrors
 
-_GROUPS = (
-    *("model", "tokenizer", "dataset", "loss", "optimizer", "scheduler", "precision", "parallelism", "trainer"),
-    *("checkpoint", "evaluation"),
-)
 _SCALARS = ("run_name", "seed", "seq_len", "device")
 
 
@@ -43,10 +39,7 @@ def _faults(config: Any) -> Iterator[ConfigError]:
     if not isinstance(config, dict):
         yield ConfigError("RUN", "there is no configuration")
         return
-    for group in _GROUPS:
-        node = config.get(group)
-        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-            yield ConfigError(group, "does not say what it is: it has no _target_")
+    yield from unnamed(config)
     yield from (ConfigError(key, "is missing") for key in _SCALARS if key not in config)
     yield from forbidden(config)
     for key, value in leaves(config):

@@ -53,6 +53,23 @@ def forbidden(tree: Any, key: str = "", *, for_hydra: bool = False) -> Iterator[
             yield ConfigError(f"{where}._target_".lstrip("."), f"{target!r} is not in the allowlist: {_RULE}")
 
 
+# Every run has them, and whatever builds one of them asks what it is.
+_GROUPS = (
+    *("model", "tokenizer", "dataset", "loss", "optimizer", "scheduler", "precision", "parallelism", "trainer"),
+    *("checkpoint", "evaluation"),
+)
+
+
+def unnamed(config: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """The groups, and the loggers, that do not say what they are: nobody would look at what else they say."""
+    loggers = config.get("logger")
+    named = {group: config.get(group) for group in _GROUPS}
+    named |= {f"logger.{name}": node for name, node in loggers.items()} if isinstance(loggers, Mapping) else {}
+    for key, node in named.items():
+        if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+            yield ConfigError(f"{key}._target_", "is missing: it says what this is")
+
+
 def locate(target: str, key: str) -> type:
     """Import the class that ``target`` names, which an allowed package must itself define.
 

@@ -20,7 +20,9 @@ from tests.faults.figures import Figure, trials
 
 CONF = ROOT / "conf"
 HANG_S = 20.0
-GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ("hydra", "local"))
+GROUPS = sorted(
+    folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ("hydra", "local", "sweep")
+)
 FILES = sorted(file for group in GROUPS for file in (CONF / group).glob("*.yaml"))
 GLOBAL = ("experiment", "debug")  # whose files change keys of all groups
 

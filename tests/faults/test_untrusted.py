@@ -194,7 +194,7 @@ def test_s9_a_target_in_a_stored_configuration_is_not_called(n: int, run: Path, 
 @pytest.mark.parametrize("group", ["model", "optimizer", "evaluation"])
 def test_s9_a_configuration_without_a_part_is_named(reader: str, group: str, run: Path) -> None:
     change_stored(run, lambda config: config.pop(group))
-    with pytest.raises(ConfigErrors, match=f"{group}: does not say what it is"):
+    with pytest.raises(ConfigErrors, match=rf"{group}\._target_: is missing"):
         READERS[reader](run)
 
 
