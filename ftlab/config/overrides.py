@@ -35,7 +35,7 @@ def read_overrides(overrides: Sequence[str], options: Options) -> CommandLine:
     for text in overrides:
         try:
             given = parser.parse_override(text)
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # ValueError: a number of more than 4300 digits
             line.problems.append(_unreadable(text, str(error)))
             continue
         key = given.key_or_group

@@ -50,7 +50,7 @@ def resume_in(overrides: Sequence[str]) -> str | None:
             given = parser.parse_override(text)
             if given.key_or_group == KEY and not given.is_sweep_override() and given.value() is not None:
                 return str(given.value())
-        except HydraException:
+        except (HydraException, ValueError):
             continue  # check_command_line says so
     return None
 
@@ -177,7 +177,7 @@ def _overrides_before(run: Path) -> list[str]:
 def _key(override: str) -> str:
     try:
         return OverridesParser.create().parse_override(override).key_or_group
-    except HydraException:
+    except (HydraException, ValueError):
         return "" if "=" not in override else override.partition("=")[0].lstrip("+~")
 
 

@@ -83,7 +83,9 @@ class Number(Rule):
             return f"must be a {'whole ' if self.whole else ''}number, got {value!r}"
         if isinstance(value, float) and not math.isfinite(value):
             return f"must be finite, got {value}"
-        return None if self._inside(value) else f"must be {self._range()}, got {value}"
+        if not self._inside(value):
+            return f"must be {self._range()}, got {value}"
+        return "must be less than 2**63 in size" if isinstance(value, int) and abs(value) >= 2**63 else None
 
     def nearest(self, value: Any) -> Any:
         if isinstance(value, float) and self.whole and value.is_integer() and self._inside(value):
