@@ -155,7 +155,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "resume": lambda run: check_command_line([f"resume={run}"]),
     "resume with changes": lambda run: check_command_line([f"resume={run}", "trainer.max_steps=4"]),
     "generate": lambda run: ask(
-        run, "hello", input="", on_text=print, max_new_tokens=1, temperature=0.0, top_p=1.0, seed=0
+        str(run), "hello", input="", on_text=print, max_new_tokens=1, temperature=0.0, top_p=1.0, seed=0
     ),
     "replay": lambda run: replay(run, 1),
     "export": lambda run: export(str(run), run / "out", None, "hf"),
