@@ -25,8 +25,8 @@ from ftlab.config.layers import leaves
 from ftlab.config.overrides import several_values, text_of
 from ftlab.config.resolve import resolve
 from ftlab.config.resolvers import claim_folder
+from ftlab.config.resume import KEY, resume_in, resumed_config
 from ftlab.config.resume import KEY as RESUME
-from ftlab.config.resume import resume_in, resumed_config
 from ftlab.config.rules import RULES, override, rule_for
 from ftlab.config.sweeps import extremes
 from ftlab.config.targets import forbidden, misfits, unnamed
@@ -143,8 +143,8 @@ def first_phase(composition: Composition) -> tuple[dict[str, Any], list[ConfigEr
 
 def _check_values(config: dict[str, Any], composition: Composition | None) -> Iterator[ConfigError]:
     values = dict(leaves(config))
-    # Mappings where single values belong.
-    values |= {key: value for key, value in _mappings(config) if key in RULES}
+    # Mappings where single values belong; where a run goes on from is one.
+    values |= {key: value for key, value in _mappings(config) if key in RULES and key != KEY}
     fine = dict(values)
     for key, value in values.items():
         rule = rule_for(key, composition.default(key) if composition else None)
