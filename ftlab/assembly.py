@@ -41,13 +41,15 @@ from ftlab.outputs.folder import RunFolder
 from ftlab.outputs.secrets import mask_secrets
 from ftlab.storage.checkpoints import Checkpoints, less_is_better
 from ftlab.training import rng
-from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity, Opened, require_space
+from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.guard import StepGuard
 from ftlab.training.loop import Run, TrainerConfig
 from ftlab.training.metrics import GIB, training_flops
+from ftlab.training.opened import Opened
 from ftlab.training.rehearse import Rehearsal
 from ftlab.training.snapshot import restore_optimizer, restore_weights
+from ftlab.training.space import require_space
 from ftlab.training.state import TrainState
 
 Config = dict[str, Any]

@@ -19,7 +19,7 @@ from ftlab.outputs.folder import RunFolder, read_record
 from ftlab.storage.addresses import Address, candidates, find_run
 from ftlab.storage.checkpoints import Checkpoints, Found, verify
 from ftlab.training import ledger
-from ftlab.training.checkpoint import Opened
+from ftlab.training.opened import Opened
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from ftlab.outputs.secrets import mask_secrets
 from ftlab.storage.addresses import candidates, find_run
 from ftlab.storage.checkpoints import verify
 from ftlab.training.card import model_card
-from ftlab.training.checkpoint import Opened, open_checkpoint
 from ftlab.training.export import Proof, export_model
+from ftlab.training.opened import Opened, open_checkpoint
 from ftlab.training.state import Progress
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

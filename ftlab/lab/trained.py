@@ -20,7 +20,7 @@ from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
 from ftlab.storage.addresses import OUTPUTS, candidates, find_run
 from ftlab.storage.checkpoints import verify
-from ftlab.training.checkpoint import open_checkpoint
+from ftlab.training.opened import open_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run in training: when one is due, writing it with all ranks, reading it back.
+"""Checkpoints of a run in training: when one is due, and writing it with all ranks (`opened.py` reads it back).
 
 All ranks write at once, each its own rows into a file of its own. The first commits: the manifest last, then one
 rename. Ranks agree on how it went over a channel that the loop does not use, so that all of it can happen in a
@@ -10,31 +10,27 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftlab.distributed.base import Parallelism
 from ftlab.errors import CheckpointError, ConfigError, FtlabError, NonFiniteError
-from ftlab.models.row_files import Rows, StoredRows, open_rows, take_rows, write_rows
+from ftlab.models.row_files import Rows, take_rows, write_rows
 from ftlab.storage.checkpoints import Checkpoints
 from ftlab.storage.disk import DurableFile, write_file
 from ftlab.storage.manifest import FileEntry, Manifest
 from ftlab.training import rng, snapshot
+from ftlab.training.opened import STATE
 from ftlab.training.state import TrainState
 
 log = logging.getLogger(__name__)
-
-STATE = "state.json"
-_TOLD = {"progress", "scheduler", "scaler", "optimizer", "cursor", "run", "config", "data", "tokenizer", "ranks"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,48 +74,6 @@ class Identity:
     data: str
     tokenizer: str
     global_batch_size: int
-
-
-def require_space(
-    config: CheckpointConfig,
-    checkpoints: Checkpoints,
-    n_params: int,
-    dtype: torch.dtype,
-    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-) -> None:
-    """Refuse to start what could not be saved: the disk must hold all that is to be kept.
-
-    Args:
-        n_params: of the model, kept in ``dtype``.
-        make_optimizer: its optimizer, for other parameters: what that keeps of each is tried on a small one.
-
-    Raises:
-        ConfigError: with both sizes.
-    """
-    weights = n_params * dtype.itemsize
-    one = weights + n_params * _optimizer_bytes(dtype, make_optimizer)
-    needed = (config.kept * one if config.ever else 0) + (weights if config.export else 0)
-    run = checkpoints.folder.parent
-    existing = next(folder for folder in (run, *run.parents) if folder.is_dir())
-    kept = sum(file.stat().st_size for found in checkpoints.complete() for file in found.path.iterdir())
-    free = shutil.disk_usage(existing).free + kept
-    if free < needed:
-        raise ConfigError(
-            "checkpoint.keep_last",
-            f"{config.kept} checkpoints of {one / 2**30:.3g} GiB{' and the export' if config.export else ''} need "
-            f"{needed / 2**30:.3g} GiB, but {existing} has {free / 2**30:.3g} GiB free",
-            "checkpoint.keep_last=1, or paths.output_dir=/a/larger/disk",
-        )
-
-
-def _optimizer_bytes(dtype: torch.dtype, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> float:
-    """Bytes that an optimizer keeps for each parameter."""
-    probe = nn.Parameter(torch.zeros(64, 64, dtype=dtype))
-    probe.grad = torch.zeros_like(probe)
-    optimizer = make([probe])
-    optimizer.step()
-    kept = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor) and value.ndim]
-    return sum(value.nbytes for value in kept) / probe.numel()
 
 
 class SaveError(FtlabError):
@@ -385,66 +339,3 @@ class Checkpointer:
             )
         except OSError as error:  # what was written is written
             log.warning("old checkpoints could not be removed: %s", error)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint whose files were found to be as they were written.
-
-    Attributes:
-        manifest, told: what ``MANIFEST.json`` and ``state.json`` say.
-        stored: its tensors, still on the disk.
-    """
-
-    path: Path
-    manifest: Manifest
-    told: dict[str, Any]
-    stored: dict[str, StoredRows]
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Rows of the embedding; None where the model calls it by another name."""
-        rows = self.stored.get("model.embedding.weight")
-        return rows.shape[0] if rows is not None else None
-
-    def rng(self, rank: int) -> dict[str, Any] | None:
-        """The random states of one rank; None where there were fewer ranks."""
-        path = self.path / f"rng-{rank:05d}.json"
-        return _read_json(path) if path.name in self.manifest.files else None
-
-    def restore(self, state: TrainState, parallel: Parallelism) -> None:
-        """Make ``state`` what was saved, on any number of ranks.
-
-        Raises:
-            CheckpointError: when it is of another architecture, optimizer or dtype.
-        """
-        snapshot.restore(state, self.stored, self.told, self.path)
-        if (states := self.rng(parallel.rank)) is not None:
-            try:
-                rng.restore(states, parallel.device)
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise CheckpointError(self.path, f"holds no random states of rank {parallel.rank}: {error}") from None
-
-
-def open_checkpoint(path: Path) -> Opened:
-    """Read the headers of a checkpoint that `newest_sound` or `verify` has approved.
-
-    Raises:
-        CheckpointError: for what is as it was written, but was not written by ftlab.
-    """
-    manifest = Manifest.read(path)
-    told = _read_json(path / STATE)
-    if missing := _TOLD - told.keys():
-        raise CheckpointError(path / STATE, f"does not say: {', '.join(sorted(missing))}")
-    names = sorted(name for name in manifest.files if name.endswith(".safetensors"))
-    return Opened(path, manifest, told, open_rows(path / name for name in names))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(path, "is not a JSON object")
-    return content

@@ -23,7 +23,7 @@ from ftlab.models.row_files import open_rows
 from ftlab.storage.checkpoints import verify
 from ftlab.storage.disk import file_sha256
 from ftlab.storage.manifest import KEY_VARIABLE, FileEntry, Manifest
-from ftlab.training.checkpoint import open_checkpoint
+from ftlab.training.opened import open_checkpoint
 from tests.faults.harness import Folder, Trial, assert_same
 from tests.faults.test_damage import copied, newest
 
