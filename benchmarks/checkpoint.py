@@ -67,7 +67,7 @@ def checkpointer(state: TrainState, folder: Path, *, background: bool) -> Checkp
     )  # fmt: skip
     made = Checkpointer(
         config, Checkpoints(folder / "checkpoints"), state, OneRank(torch.device("cpu")), IDENTITY,
-        metric=("val/loss", True), parent=None,
+        metric=("val/loss", True), parent=None, place=lambda _: {},
     )  # fmt: skip
     made.prepare()
     return made

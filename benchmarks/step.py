@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from ftlab.assembly import assemble_run, random_weights
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.batch import Sample
+from ftlab.data.loader import BatchLoader
 from ftlab.distributed.env import WorkerEnv, describe_device, peak_flops
 from ftlab.models.transformer import ModelConfig
 from ftlab.training.loop import Run, remaining_steps, train_step
@@ -60,9 +62,7 @@ def assemble(config: dict[str, Any], n_steps: int) -> tuple[Run, ModelConfig]:
         config,
         model_config,
         random_weights(config["seed"]),
-        rows,
-        False,
-        0,
+        partial(BatchLoader, rows, shuffle=False, seed=0, pad_id=0),
         None,
         lambda *_: None,
         WorkerEnv.here(config["device"]),

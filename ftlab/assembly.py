@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ftlab.config.build import build
+from ftlab.data.base import TrainingData
 from ftlab.data.cache import cache_folder
-from ftlab.data.dataset import Dataset
-from ftlab.data.loader import BatchLoader, SampleSource
-from ftlab.data.mixture import Mixture
+from ftlab.data.loader import BatchLoader
+from ftlab.data.stream import Stream
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.base import Parallelism, Strategy
 from ftlab.distributed.env import WorkerEnv, describe_device, keep_freed_memory, peak_flops
@@ -64,7 +64,7 @@ class Experiment:
     config: Config
     tokenizer: Tokenizer
     model_config: AnyModelConfig
-    data: Dataset | Mixture
+    data: TrainingData
     commit: str | None  # of the repository on the Hub that the weights came from
     run: Run
     predicted: Rehearsal | None
@@ -95,6 +95,7 @@ class Experiment:
             ),
             metric=(metric, less_is_better(metric)),
             parent=opened.manifest.digest if opened and run.state.progress.step else None,
+            place=run.loader.place,
         )
         run.wishes.save_is_due = checkpointer.save_is_due_by_clock
         return checkpointer
@@ -116,7 +117,7 @@ class Experiment:
             n_params=self.model_config.n_params(),
             weights=mask_secrets(self.model_config.checkpoint),
             dataset=config["dataset"]["source"],
-            n_train_samples=len(self.data.train),
+            n_train_samples=None if isinstance(self.data.train, Stream) else len(self.data.train),
             n_val_samples=len(self.data.validation) if self.data.validation else 0,
             device=describe_device(run.parallel.device)
             + (f" × {run.parallel.dp_size}" if run.parallel.dp_size > 1 else ""),
@@ -190,19 +191,17 @@ def assemble(
         config,
         model_config,
         fill,
-        data.train,
-        data.shuffle,
-        tokenizer.pad_id,
+        data.loader,
         evaluator,
         recorder.log,
         worker,
         global_batch_size=opened.told["cursor"]["global_batch_size"] if opened is not None and goes_on else None,
-        grouped=data.group_by_length,
     )
     if team is not None:
         team.watch.beat(0, "restore")
     if opened is not None and goes_on:
         opened.restore(run.state, run.parallel)
+        run.loader.go_to(opened.told["cursor"])
     elif opened is not None and config["init_optimizer"]:
         restore_optimizer(run.state, opened.stored, opened.told)
     return Experiment(
@@ -217,13 +216,13 @@ def assemble(
     )
 
 
-def read_data(config: Config, tokenizer: Tokenizer, **given: Any) -> Dataset | Mixture:
+def read_data(config: Config, tokenizer: Tokenizer, **given: Any) -> TrainingData:
     """The rows of ``config``, tokenised; from the cache where they are in it.
 
     Args:
         given: ``progress`` and what else a dataset takes at run time.
     """
-    found: Dataset | Mixture = build(
+    found: TrainingData = build(
         config["dataset"],
         tokenizer=tokenizer,
         seq_len=config["seq_len"],
@@ -234,10 +233,11 @@ def read_data(config: Config, tokenizer: Tokenizer, **given: Any) -> Dataset | M
     return found
 
 
-def _setting(data: Dataset | Mixture, worker: WorkerEnv) -> Setting:
+def _setting(data: TrainingData, worker: WorkerEnv) -> Setting:
+    longest, longest_validation = data.longest()
     return Setting(
-        longest=int(data.train.lengths.max()),
-        longest_validation=int(data.validation.lengths.max()) if data.validation is not None else None,
+        longest=longest,
+        longest_validation=longest_validation,
         n_ranks=worker.world_size,
         n_local_ranks=worker.local_world_size,
         on_cuda=worker.device.type == "cuda",
@@ -245,7 +245,7 @@ def _setting(data: Dataset | Mixture, worker: WorkerEnv) -> Setting:
 
 
 def _with_batch_size(
-    config: Config, model: AnyModelConfig, data: Dataset | Mixture, worker: WorkerEnv, team: Team | None
+    config: Config, model: AnyModelConfig, data: TrainingData, worker: WorkerEnv, team: Team | None
 ) -> Config:
     """``config`` with a number for ``trainer.batch_size=auto``, the first rank's."""
     if config["trainer"]["batch_size"] != "auto":
@@ -260,7 +260,7 @@ def _with_batch_size(
     return found | {"trainer": found["trainer"] | {"batch_size": size}}
 
 
-def _forecast(config: Config, model: AnyModelConfig, data: Dataset | Mixture, worker: WorkerEnv) -> Rehearsal | None:
+def _forecast(config: Config, model: AnyModelConfig, data: TrainingData, worker: WorkerEnv) -> Rehearsal | None:
     """What the run will take of memory; refused where that is clearly not there."""
     if not isinstance(model, ModelConfig):  # what transformers' models do with memory is not rehearsed
         return None
@@ -276,22 +276,18 @@ def assemble_run(
     config: Config,
     model_config: AnyModelConfig,
     fill: Fill,
-    rows: SampleSource,
-    shuffle: bool,
-    pad_id: int,
+    deal: Callable[..., BatchLoader],
     evaluator: Evaluator | None,
     log: Callable[[Mapping[str, float], int], None],
     worker: WorkerEnv,
     global_batch_size: int | None = None,
-    *,
-    grouped: bool = False,
 ) -> Run:
-    """What the loop needs to train ``model_config`` on ``rows`` as ``config`` says.
+    """What the loop needs to train ``model_config`` as ``config`` says.
 
     Args:
         fill: gives the parameters their values.
+        deal: makes the loader of one rank (``TrainingData.loader``).
         global_batch_size: of a run that goes on, which fixes the order of its rows; null: the configuration's.
-        grouped: whether rows of like length share a micro-batch.
     """
     rng.seed(config["seed"])
     trainer: TrainerConfig = build(config["trainer"])
@@ -303,16 +299,11 @@ def assemble_run(
     if global_batch_size is not None:
         trainer = trainer.with_global_batch_size(global_batch_size, parallel.dp_size)
     trainer.require_one_micro_batch(parallel.dp_size)
-    loader = BatchLoader(
-        rows,
+    loader = deal(
         batch_size=trainer.batch_size,
         gradient_accumulation_steps=trainer.accumulation_steps(parallel.dp_size),
-        shuffle=shuffle,
-        seed=config["seed"],
         dp_rank=parallel.dp_rank,
         dp_size=parallel.dp_size,
-        pad_id=pad_id,
-        grouped=grouped,
     )
     model = build_model(model_config, fill, precision, parallel)
     optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
@@ -371,7 +362,7 @@ def with_vocabulary(
     return fitting
 
 
-def _same_inputs(opened: Opened, data: Dataset | Mixture, tokenizer: Tokenizer) -> None:
+def _same_inputs(opened: Opened, data: TrainingData, tokenizer: Tokenizer) -> None:
     """Refuse to go on with other rows or another tokenizer than the run was trained with."""
     now = {"dataset": data.fingerprint, "tokenizer": tokenizer.fingerprint}
     then = {"dataset": opened.told["data"], "tokenizer": opened.told["tokenizer"]}

@@ -14,7 +14,20 @@ _PROCESSES, _NODES = "parallelism.nproc_per_node", "parallelism.nnodes"
 
 def contradictions(values: Values) -> Iterator[ConfigError]:
     """Check ``values`` (dotted key to value). Keys that are missing, or broken already, take part in no rule."""
-    for rule in (_length, _portions, _warmup, _sequence, _packing, _heads, _mesh, _in_backward, _optimizers, _profile):
+    rules = (
+        _length,
+        _portions,
+        _warmup,
+        _sequence,
+        _packing,
+        _streaming,
+        _heads,
+        _mesh,
+        _in_backward,
+        _optimizers,
+        _profile,
+    )
+    for rule in rules:
         yield from rule(values)
 
 
@@ -83,6 +96,16 @@ def _packing(values: Values) -> Iterator[ConfigError]:
     for key, value in values.items():
         if key.startswith("dataset.") and key.endswith("packing") and value not in (None, "none"):
             yield ConfigError(key, f"{value}, but model=hf cannot keep packed documents apart", override(key, "none"))
+
+
+def _streaming(values: Values) -> Iterator[ConfigError]:
+    for key, value in values.items():
+        if key.startswith("dataset.sets.") and key.endswith(".streaming") and value is True:
+            yield ConfigError(key, "true, but a mixture has to know how many rows each set has", override(key, False))
+    max_steps = "trainer.max_steps"
+    if values.get("dataset.streaming") is True and max_steps in values and values[max_steps] is None:
+        problem = "is null, but with dataset.streaming=true nobody knows beforehand how many steps an epoch has"
+        yield ConfigError(max_steps, problem, f"{override(max_steps, 1000)} trainer.epochs=null")
 
 
 def _heads(values: Values) -> Iterator[ConfigError]:

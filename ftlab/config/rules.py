@@ -220,6 +220,7 @@ RULES: dict[str, Rule] = {
     "dataset.val_fraction": Number(name="share", low=0, below=1, optional=True),
     "dataset.max_samples": OPTIONAL_COUNT,
     "dataset.too_long": OneOf(("truncate", "truncate_keep_eos", "truncate_left", "split", "drop", "error")),
+    "dataset.window_rows": COUNT,
     "dataset.packing": OneOf(("none", "greedy", "best_fit")),
     "dataset.subset": Text(optional=True),
     "dataset.revision": Text(optional=True),

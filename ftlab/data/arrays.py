@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ftlab.data.cache import cached, key_of
+from ftlab.data.cache import Lease, cached, key_of
 from ftlab.data.cores import n_cores
 from ftlab.data.fields import mapped_columns
 from ftlab.data.filters import Filter
@@ -22,6 +22,8 @@ from ftlab.data.store import Store, StoreWriter
 from ftlab.data.tokenise import Recipe, tokenise
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
+
+WINDOWS = "windows"  # of the cache: what does not stay
 
 # Above this much to tokenise, starting processes costs less than they save.
 _WORTH_PROCESSES = {"KiB": 1 << 15, "rows": 50_000}
@@ -45,9 +47,20 @@ class Choice:
 
 
 def tokenised(
-    source: Source, recipe: Recipe, choice: Choice, cache_dir: Path, progress: Progress | None, label: str
+    source: Source,
+    recipe: Recipe,
+    choice: Choice,
+    cache_dir: Path,
+    progress: Progress | None,
+    label: str,
+    *,
+    stays: bool = True,
 ) -> Store:
-    """The arrays of the rows of ``source`` that ``choice`` leaves, made by ``recipe``."""
+    """The arrays of the rows of ``source`` that ``choice`` leaves, made by ``recipe``.
+
+    Args:
+        stays: on the disk, when nobody reads them any more.
+    """
     made_of = {
         "code": code_of(recipe.format, recipe.template, recipe.tokenizer),
         "rows": source.fingerprint(),
@@ -74,7 +87,11 @@ def tokenised(
             problems = [vars(problem) for problem in refusal.problems]
             writer.finish(rows_read=reader.n_read, filtered_rows=reader.n_filtered, problems=problems)
 
-    return Store(cached(cache_dir, "rows", key_of(made_of), write))
+    key = key_of(made_of)
+    if stays:
+        return Store(cached(cache_dir, "rows", key, write))
+    lease = Lease(cache_dir, WINDOWS, key, write)
+    return Store(lease.folder, lease)
 
 
 class _Reader:

@@ -2,7 +2,7 @@
 
 An entry is a folder named by a hash of everything that decides what is in it. It is written aside and renamed when
 complete, under a lock that the system releases if its holder dies, so a kill at any instant costs only the work
-since the last complete entry.
+since the last complete entry. Most entries stay; one that was leased goes with the last who reads it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import json
 import os
 import shutil
 import tempfile
+import time
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ftlab.errors import ConfigError
+from ftlab.storage.disk import flush_file, sync_folder
 
+_POLL_S = 0.02
 _COMPLETE = "COMPLETE.json"  # name and size of every file of an entry; written last
 
 
@@ -51,18 +55,29 @@ def key_of(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cached(root: Path, kind: str, key: str, build: Callable[[Path], None]) -> Path:
+def cached(root: Path, kind: str, key: str, build: Callable[[Path], None], *, lasting: bool = True) -> Path:
     """The folder of the entry ``key``, which ``build(folder)`` fills if it is not there.
 
     Of several processes that ask at once, one builds and the others wait for it; if it dies, another takes over.
+
+    Args:
+        lasting: flushed, so that it outlives a power cut.
     """
     shelf = root / kind
     folder = shelf / key
     if _is_complete(folder):
         return folder
     shelf.mkdir(parents=True, exist_ok=True)
-    with (shelf / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    while True:
+        try:
+            lock = _locked(shelf / f"{key}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            # Not in flock: whoever made a leased entry may share the lock before its waiters have it, and keep it.
+            time.sleep(_POLL_S)
+            if _is_complete(folder):
+                return folder
+    with lock:
         if _is_complete(folder):
             return folder
         # Whoever holds the lock is alone: what lies aside was left by one that was killed.
@@ -71,13 +86,73 @@ def cached(root: Path, kind: str, key: str, build: Callable[[Path], None]) -> Pa
         aside = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=shelf))
         try:
             build(aside)
-            _seal(aside)
+            _seal(aside, lasting=lasting)
             aside.rename(folder)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        _sync(shelf)
+        if lasting:
+            sync_folder(shelf)
     return folder
+
+
+class Lease:
+    """An entry that is there as long as somebody on this machine holds a lease of it, and gone after the last one.
+
+    Attributes:
+        built: whether it was this holder that made it.
+    """
+
+    def __init__(self, root: Path, kind: str, key: str, build: Callable[[Path], None]):
+        self.built = False
+
+        def build_here(folder: Path) -> None:
+            build(folder)
+            self.built = True
+
+        while True:
+            self.folder = cached(root, kind, key, build_here, lasting=False)
+            lock = _locked(self.folder.with_name(f"{key}.lock"), fcntl.LOCK_SH)
+            if _is_complete(self.folder):
+                break
+            lock.close()  # whoever had it left before the lock was ours
+        weakref.finalize(self, _leave, lock, self.folder)  # when nobody holds this object, or the process ends
+
+
+def clear_leased(root: Path, kind: str) -> None:
+    """Remove the leased entries that killed processes left behind."""
+    for path in (root / kind).glob("*.lock"):
+        with suppress(BlockingIOError, FileNotFoundError):
+            _leave(_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB), path.with_suffix(""))
+
+
+def _leave(lock: IO[str], folder: Path) -> None:
+    """Close ``lock``, and remove the entry if nobody else has it."""
+    with lock, suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in (folder, *folder.parent.glob(f".{folder.name}.*")):
+            shutil.rmtree(path, ignore_errors=True)
+        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+
+
+def _locked(path: Path, how: int) -> IO[str]:
+    """A lock file, open and locked.
+
+    Raises:
+        BlockingIOError: somebody has it, and ``how`` does not wait.
+    """
+    while True:
+        lock = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(lock, how)
+            if os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
+                return lock
+        except FileNotFoundError:
+            pass  # its last holder has removed it, and it locks nothing any more
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
 
 
 def _is_complete(folder: Path) -> bool:
@@ -88,23 +163,15 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _seal(folder: Path) -> None:
-    """Bring every file to the disk, then say that all are there: a power cut must not leave a name without content."""
+def _seal(folder: Path, *, lasting: bool) -> None:
+    """Say that all files are there, on the disk if it is to last: a power cut must not leave a name without content."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    for file in files:
-        _sync(file)
     complete = folder / _COMPLETE
     complete.write_text(json.dumps({str(file.relative_to(folder)): file.stat().st_size for file in files}))
-    _sync(complete)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if lasting:
+        for file in (*files, complete):
+            flush_file(file)
+        sync_folder(folder)
 
 
 def size_of(paths: Iterable[Path]) -> int:

@@ -9,36 +9,41 @@ handed), ``gate`` and ``report`` (what is said about it).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from ftlab.data.arrays import Choice, Progress, code_of, tokenised
+from ftlab.data.arrays import WINDOWS, Choice, code_of, tokenised
+from ftlab.data.base import TrainingData
 from ftlab.data.batch import Sample
-from ftlab.data.cache import cached, key_of
+from ftlab.data.cache import cached, clear_leased, key_of
 from ftlab.data.encode import Encoder
 from ftlab.data.formats import Format
-from ftlab.data.gate import Finding, Part, find, repeated, stop_or_tell
+from ftlab.data.gate import Part, find, repeated, stop_or_tell
 from ftlab.data.packing import Packing, Plan, plan_packs
 from ftlab.data.problems import Problem, check_allowed
 from ftlab.data.report import report_on
 from ftlab.data.samples import Packs, Samples
 from ftlab.data.shorten import TooLong
-from ftlab.data.show import N_EXAMPLES, as_html, examples
+from ftlab.data.show import N_EXAMPLES, examples
 from ftlab.data.sources import Source, open_source
 from ftlab.data.split import draw_validation
-from ftlab.data.store import Store
+from ftlab.data.store import Mark, Store
+from ftlab.data.stream import Stream
 from ftlab.data.templates import Template
 from ftlab.data.tokenise import Recipe
-from ftlab.data.tokenizers import Tokenizer
+from ftlab.data.windows import WindowOfRows, WindowReader
 from ftlab.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
-class Dataset:
+class Dataset(TrainingData):
     """Rows of one source as training and validation samples (``dataset`` in the config).
 
     Attributes:
@@ -49,27 +54,20 @@ class Dataset:
         format: makes conversations of rows.
         template: renders conversations.
         train_on_input: whether everything is trained; false: what the assistant says, and the token that ends it.
-        shuffle: whether training draws a new order each epoch (the loader's business, like ``group_by_length``).
-        group_by_length: whether rows of like length come in the same step, where they are not packed.
         packing: whether several samples share a row of ``seq_len`` tokens, see ``packing.plan_packs``.
         val_fraction: share of the rows held out, equal rows staying on one side; 0 for none; null for the
             validation rows that the source brings.
         max_samples: use only the first so many rows of the source; null for all.
         too_long: what becomes of a row of more than ``seq_len`` tokens, see ``shorten.shorten``.
         allow: kinds of problems (``problems.BLOCKING``) that do not stop the run.
-        tokenizer, seq_len, seed: given at run time.
-        cache_dir: where tokenised rows are kept.
-        progress: shows a bar while rows are tokenised; null is silent.
-        inspecting: collect all problems instead of stopping at them (``check-data``).
-        train, validation: the samples; no validation is null.
-        report: counts, token statistics and fingerprints, and ``warnings`` to show to the user.
-        findings: what the gate found.
+        streaming: read the source in windows of ``window_rows`` rows, of which two are on the disk at a time, see
+            ``stream``. Report and findings are then those of the first window, and ``val_fraction`` is a share of it.
+        first_id: what row 0 counts as; the sets of a mixture count on from each other.
 
     Raises:
         ConfigError, DataError: whatever is wrong with values or rows.
     """
 
-    source: str
     data_files: str | Sequence[str] | None
     split: str
     subset: str | None
@@ -81,41 +79,34 @@ class Dataset:
     format: Format
     template: Template
     train_on_input: bool
-    shuffle: bool
-    group_by_length: bool
     packing: Packing
     val_fraction: float | None
     max_samples: int | None
     too_long: TooLong
     allow: Sequence[str]
-    tokenizer: Tokenizer
-    seq_len: int
-    seed: int
-    cache_dir: Path
-    progress: Progress | None
-    inspecting: bool = False
+    streaming: bool
+    window_rows: int
     first_id: int = 0
-    train: Samples | Packs = field(init=False)
-    validation: Samples | None = field(init=False)
-    report: dict[str, Any] = field(init=False)
-    findings: list[Finding] = field(init=False)
-    fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         self._check_values()
         train, own_validation = self._open_sources()
-        stores = {"train": self._tokenised(train, "train")}
+        windows = self._windows(train) if self.streaming else None
+        stores = {"train": self._tokenised(train if windows is None else windows().window(0), "train")}
         if own_validation is not None:
             stores["validation"] = self._tokenised(own_validation, "validation")
+        for store in stores.values():
+            if store.facts["rows_read"] == 0:
+                raise DataError(f"dataset: source={self.source} data_files={self.data_files} holds no rows")
         self.parts = self._parts(stores)
-        samples = {part.name: self._samples(part) for part in self.parts}
         self.n_rows = stores["train"].facts["rows_read"]
+        samples = {part.name: self._samples(part) for part in self.parts}
         self.validation = samples.get("validation")
-        self.train = samples["train"] if self.packing == "none" else self._packed(samples["train"])
+        rows = samples["train"] if self.packing == "none" else self._packed(samples["train"])
+        self.train = rows if windows is None else self._stream(windows, rows)
         problems = [Problem(**problem) for store in stores.values() for problem in store.facts["problems"]]
         self.findings = find(self.parts, problems, self.tokenizer)
-        self.report = self._report(stores)
-        self.fingerprint = self.report["fingerprints"]["dataset"]
+        self.report = self._report(stores, rows)
         if not self.inspecting:
             self.report["warnings"] += stop_or_tell(self.findings, self.allow)
 
@@ -124,7 +115,8 @@ class Dataset:
     def _open_sources(self) -> tuple[Source, Source | None]:
         """The source of the training rows, and the one of validation rows that the set brings."""
         common: dict[str, Any] = {
-            **{"source": self.source, "subset": self.subset, "revision": self.revision, "cache_dir": self.cache_dir}
+            **{"source": self.source, "subset": self.subset, "revision": self.revision, "cache_dir": self.cache_dir},
+            "streaming": self.streaming,
         }
         train = open_source(**common, split=self.split, data_files=self.data_files)
         if self.val_fraction is not None:
@@ -155,10 +147,45 @@ class Dataset:
             allow=tuple(sorted(self.allow)),
             inspecting=self.inspecting,
         )
-        store = tokenised(source, recipe, choice, self.cache_dir, self.progress, f"tokenising {name}")
-        if store.facts["rows_read"] == 0:
-            raise DataError(f"dataset: source={self.source} data_files={self.data_files} holds no rows")
-        return store
+        label = f"tokenising {name}"
+        stays = not isinstance(source, WindowOfRows)
+        return tokenised(source, recipe, choice, self.cache_dir, self.progress, label, stays=stays)
+
+    # ---- a stream
+
+    def _windows(self, source: Source) -> Callable[[], WindowReader]:
+        """What makes readers of ``source``, each of which begins with its first row."""
+        if hasattr(self.format, "regroup"):
+            problem = f"true, but {type(self.format).__name__} puts rows together, which a window's end would part"
+            raise ConfigError("dataset.streaming", problem, "dataset.streaming=false")
+        clear_leased(self.cache_dir, WINDOWS)
+        fingerprint = source.fingerprint()
+        return lambda: WindowReader(source, fingerprint, self.window_rows, self.max_samples)
+
+    def _stream(self, windows: Callable[[], WindowReader], first: Samples | Packs) -> Stream:
+        of_all = [windows().fingerprint, self.window_rows, self.max_samples, self.filter, self.seq_len, self.too_long]
+        whole = [first.fingerprint(), *of_all, self.packing, code_of()]
+        return Stream(windows, lambda window: self._tokenised(window, "train"), self._window_rows_of, key_of(whole))
+
+    def _window_rows_of(self, store: Store, number: int) -> Samples | Packs:
+        """What is trained of a window: all of it but rows that are validated with."""
+        others = [part for part in self.parts if part.name == "validation"]
+        kept = np.ones(len(store.row_numbers), dtype=bool)
+        if self.val_fraction is not None:
+            for part in others:
+                kept = ~np.isin(store.row_digests, part.store.row_digests[part.rows])
+        part = Part("train", store, kept)
+        if number:  # what was found in the first is in the report
+            problems = [Problem(**problem) for problem in store.facts["problems"]]
+            findings = find([part, *others], problems, self.tokenizer)
+            self._refuse_too_long(part)
+            of_window = [one for one in findings if one.part != "validation" or one.kind == "in_train_and_validation"]
+            for warning in stop_or_tell(of_window, self.allow):
+                log.info("data: rows from %d on: %s", number * self.window_rows, warning)
+        samples = Samples(store, np.flatnonzero(kept[store.sample_rows]), self.tokenizer, self.first_id)
+        if self.packing == "none":
+            return samples
+        return Packs(samples, plan_packs(samples.lengths, self.seq_len, self.packing), self.seq_len)
 
     # ---- arrays to samples
 
@@ -182,7 +209,8 @@ class Dataset:
         return [part for part in parts if part.rows.any()]
 
     def _samples(self, part: Part) -> Samples:
-        self._refuse_unusable(part)
+        self._refuse_too_long(part)
+        self._refuse_empty(part)
         picks = np.flatnonzero(part.rows[part.store.sample_rows])
         return Samples(part.store, picks, self.tokenizer, self.first_id)
 
@@ -197,18 +225,23 @@ class Dataset:
         plan = Plan(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in Plan._fields))
         return Packs(samples, plan, self.seq_len)
 
-    def _refuse_unusable(self, part: Part) -> None:
-        """Raise DataError if a row is too long under ``too_long=error``, or if no row is left."""
+    def _refuse_too_long(self, part: Part) -> None:
+        """Raise DataError if a row is too long under ``too_long=error``."""
+        n, lengths = part.count(Mark.TOO_LONG), part.store.row_tokens[part.rows]
+        if n and self.too_long == "error" and not self.inspecting:
+            longest = int(lengths.max())
+            row = int(part.store.row_numbers[part.rows][np.argmax(lengths)])
+            raise DataError(
+                f"dataset.too_long: {n} of {len(lengths)} {part.name} rows have more than seq_len={self.seq_len} "
+                f"tokens, the longest {longest} (row {row}), and too_long=error\n"
+                f"  try: seq_len={longest}, or dataset.too_long=truncate"
+            )
+
+    def _refuse_empty(self, part: Part) -> None:
+        """Raise DataError if no row is left."""
         report = report_on(part)
         longest = report["max_row_tokens"]
         rows = f"{report['rows']} {part.name} rows"
-        if report["too_long_rows"] and self.too_long == "error" and not self.inspecting:
-            row = int(part.store.row_numbers[part.rows][np.argmax(part.store.row_tokens[part.rows])])
-            raise DataError(
-                f"dataset.too_long: {report['too_long_rows']} of {rows} have more than seq_len={self.seq_len} tokens, "
-                f"the longest {longest} (row {row}), and too_long=error\n"
-                f"  try: seq_len={longest}, or dataset.too_long=truncate"
-            )
         if not report["samples"]:
             raise DataError(
                 f"dataset: none of {rows} is left: {report['dropped_too_long_rows']} dropped as longer than "
@@ -219,33 +252,35 @@ class Dataset:
 
     # ---- what is said about it
 
+    def allowed(self) -> list[str]:
+        """``allow``."""
+        return list(self.allow)
+
     def encoder(self) -> Encoder:
         """What made the samples' tokens."""
         return Encoder(tokenizer=self.tokenizer, template=self.template, train_on_input=self.train_on_input)
 
     def examples(self, n: int = N_EXAMPLES) -> list[Sample]:
         """Some of the training samples, from the shortest to the longest."""
-        return examples(self.train.samples if isinstance(self.train, Packs) else self.train, n)
+        return examples(self._samples(self.parts[0]), n)
 
     def histograms(self) -> dict[str, dict[str, list[float]]]:
         """How long the rows are, before anything is cut."""
         parts = {name: self.report[name] for name in ("train", "validation") if self.report[name]}
         return {name: part["row_tokens_histogram"] for name, part in parts.items()}
 
-    def page(self) -> str:
-        """What was found and some samples coloured by what is trained, as HTML."""
-        return as_html(f"{self.source}: what is trained", self.report, self.findings, self.examples(), self.tokenizer)
-
-    def _report(self, stores: Mapping[str, Store]) -> dict[str, Any]:
+    def _report(self, stores: Mapping[str, Store], rows: Samples | Packs) -> dict[str, Any]:
+        """Args: rows: what is trained; of a stream, its first window."""
         store = stores["train"]
         parts = {part.name: report_on(part) for part in self.parts}
         digests = store.row_digests
         fingerprints = "".join(part.fingerprint() for part in (self.train, self.validation) if part is not None)
         packing: dict[str, Any] = {"kind": self.packing}
-        if isinstance(self.train, Packs):
-            packing |= {"packs": len(self.train), "efficiency": round(self.train.efficiency(), 6)}
+        if isinstance(rows, Packs):
+            packing |= {"packs": len(rows), "efficiency": round(rows.efficiency(), 6)}
         return {
             **{"source": self.source, "data_files": self.data_files, "split": self.split, "revision": self.revision},
+            "streaming": {"window_rows": self.window_rows} if self.streaming else None,
             "rows": store.facts["rows_read"],
             "filtered_rows": store.facts["filtered_rows"],
             "left_out_rows": _counted(store.facts["problems"]),

@@ -86,12 +86,19 @@ def decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 def file_rows(
-    source: str, file: Path, raw: BinaryIO, columns: Sequence[str] | None, on_problem: OnProblem, first_row: int
+    source: str,
+    file: Path,
+    raw: BinaryIO,
+    columns: Sequence[str] | None,
+    on_problem: OnProblem,
+    first_row: int,
+    start: int = 0,
 ) -> Iterator[NumberedRow]:
     """Number and values of every row of one file; numbers go on from ``first_row``.
 
     Args:
         raw: the open file.
+        start: rows with lower numbers are not wanted: of those, values may be None, and all but some numbers missing.
         columns: which are needed, where a format can leave the others unread; None: all.
 
     Raises:
@@ -99,12 +106,12 @@ def file_rows(
     """
     try:
         if source == "parquet":
-            yield from _parquet_rows(file, raw, columns, on_problem, first_row)
+            yield from _parquet_rows(file, raw, columns, on_problem, first_row, start)
             return
         stream = decompressed(raw, file.suffix)
         match source:
             case "json" | "jsonl":
-                yield from json_rows(stream, str(file), on_problem, first_row)
+                yield from json_rows(stream, str(file), on_problem, first_row, start)
             case "csv":
                 yield from _csv_rows(stream, file, on_problem, first_row)
             case "text":
@@ -152,14 +159,20 @@ def _csv_rows(stream: BinaryIO, file: Path, on_problem: OnProblem, row: int) -> 
 
 
 def _parquet_rows(
-    file: Path, raw: BinaryIO, columns: Sequence[str] | None, on_problem: OnProblem, row: int
+    file: Path, raw: BinaryIO, columns: Sequence[str] | None, on_problem: OnProblem, row: int, start: int
 ) -> Iterator[NumberedRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(raw)
-        for batch in table.iter_batches(_CHUNK_ROWS, columns=readable(columns, table.schema_arrow.names)):
+        groups = list(range(table.num_row_groups))
+        while groups and row + (n := table.metadata.row_group(groups[0]).num_rows) <= start:
+            row += n
+            yield row - 1, None
+            del groups[0]
+        wanted = readable(columns, table.schema_arrow.names)
+        for batch in table.iter_batches(_CHUNK_ROWS, row_groups=groups, columns=wanted):
             yield from arrow_rows(batch, str(file), on_problem, row)
             row += len(batch)
     except (pa.ArrowException, OSError) as error:

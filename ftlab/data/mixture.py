@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from ftlab.data.arrays import Progress
+from ftlab.data.base import TrainingData
 from ftlab.data.batch import Sample
 from ftlab.data.dataset import Dataset
 from ftlab.data.encode import Encoder
-from ftlab.data.gate import Finding
 from ftlab.data.order import shares
-from ftlab.data.samples import JoinedSamples, MixedRows, Packs
-from ftlab.data.show import as_html
-from ftlab.data.tokenizers import Tokenizer
+from ftlab.data.samples import JoinedSamples, MixedRows, Packs, Samples
 from ftlab.errors import ConfigError
 
 
 @dataclass(kw_only=True, eq=False)
-class Mixture:
+class Mixture(TrainingData):
     """Rows of several sets, each with options of its own (``dataset=mixture``).
 
     An epoch takes ``epoch_rows`` rows (packs, where sets are packed) in the proportion of the weights. Each set is gone
@@ -31,31 +27,15 @@ class Mixture:
         sets: name to set; every one an option of ``dataset``, without what arrives at run time.
         weights: name to weight, any positive numbers.
         epoch_rows: rows of an epoch; null: as many as all sets have together.
-        shuffle, group_by_length: see ``Dataset``; those of the sets themselves are not looked at.
-        source: what the mixture is called.
-        train, validation, report, findings, fingerprint: see ``Dataset``.
+        shuffle, group_by_length: those of the sets themselves are not looked at.
 
     Raises:
         ConfigError, DataError: whatever is wrong with one of the sets, naming it.
     """
 
-    source: str
     sets: Mapping[str, Callable[..., Dataset]]
     weights: Mapping[str, float]
     epoch_rows: int | None
-    shuffle: bool
-    group_by_length: bool
-    tokenizer: Tokenizer
-    seq_len: int
-    seed: int
-    cache_dir: Path
-    progress: Progress | None
-    inspecting: bool = False
-    train: MixedRows = field(init=False)
-    validation: JoinedSamples | None = field(init=False)
-    report: dict[str, Any] = field(init=False)
-    findings: list[Finding] = field(init=False)
-    fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -78,17 +58,21 @@ class Mixture:
         if any(packed) and not all(packed):
             problem = "some sets are packed and some are not: rows of both kinds cannot be in one batch"
             raise ConfigError("dataset.sets", problem, "the same packing for all of them")
-        total = self.epoch_rows or sum(len(made.train) for made in sets)
-        counts = shares([self.weights[name] for name in self.datasets], total)
-        self.train = MixedRows([made.train for made in sets], counts.tolist())
-        held_out = [made.validation for made in sets if made.validation is not None]
+        rows: list[Samples | Packs] = []
+        for name, made in self.datasets.items():
+            if not isinstance(made.train, (Samples, Packs)):
+                problem = "true, but a mixture has to know how many rows each of its sets has"
+                raise ConfigError(f"dataset.sets.{name}.streaming", problem, f"dataset.sets.{name}.streaming=false")
+            rows.append(made.train)
+        total = self.epoch_rows or sum(map(len, rows))
+        counts = shares([self.weights[name] for name in self.datasets], total).tolist()
+        self.train = MixedRows(rows, counts)
+        held_out = [made.validation for made in sets if isinstance(made.validation, Samples)]
         self.validation = JoinedSamples(held_out) if held_out else None
         self.findings = [finding for made in sets for finding in made.findings]
-        self.report = self._report(counts.tolist())
-        self.fingerprint = self.report["fingerprints"]["dataset"]
+        self.report = self._report(self.train, counts)
 
-    @property
-    def allow(self) -> list[str]:
+    def allowed(self) -> list[str]:
         """What any of the sets allows."""
         return sorted({kind for made in self.datasets.values() for kind in made.allow})
 
@@ -104,13 +88,9 @@ class Mixture:
         """How long the rows of every set are."""
         return {name: made.histograms()["train"] for name, made in self.datasets.items()}
 
-    def page(self) -> str:
-        """What was found and samples coloured by what is trained, as HTML."""
-        return as_html(f"{self.source}: what is trained", self.report, self.findings, self.examples(), self.tokenizer)
-
-    def _report(self, counts: list[int]) -> dict[str, Any]:
+    def _report(self, train: MixedRows, counts: list[int]) -> dict[str, Any]:
         reports = {name: made.report for name, made in self.datasets.items()}
-        fingerprints = [self.train.fingerprint(), self.validation.fingerprint() if self.validation else ""]
+        fingerprints = [train.fingerprint(), self.validation.fingerprint() if self.validation else ""]
         return {
             "source": self.source,
             "rows": sum(report["rows"] for report in reports.values()),
@@ -120,10 +100,10 @@ class Mixture:
                     "weight": self.weights[name],
                     "share": round(count / sum(counts), 6),
                     "rows_per_epoch": count,
-                    "passes_per_epoch": round(count / len(made.train), 6),
+                    "passes_per_epoch": round(count / len(rows), 6),
                     "report": reports[name],
                 }
-                for (name, made), count in zip(self.datasets.items(), counts, strict=True)
+                for name, rows, count in zip(self.datasets, train.sets, counts, strict=True)
             },
             "train": _sum_of([report["train"] for report in reports.values()]),
             "validation": _sum_of([report["validation"] for report in reports.values() if report["validation"]]),

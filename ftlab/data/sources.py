@@ -25,6 +25,7 @@ from ftlab.errors import ConfigError
 
 _HUB_TIMEOUT_S = 10
 _CHUNK_ROWS = 1_000
+_SMALL_FILE = 1 << 24  # bytes
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -48,7 +49,7 @@ class Source(Protocol):
 
     def size(self) -> tuple[int, str]: ...  # how much there is to read, and of what: "rows" or "KiB"
 
-    def chunks(self, columns: Sequence[str] | None, on_problem: OnProblem) -> Iterator[Chunk]: ...
+    def chunks(self, columns: Sequence[str] | None, on_problem: OnProblem, start: int = 0) -> Iterator[Chunk]: ...
 
 
 def open_source(
@@ -59,20 +60,23 @@ def open_source(
     subset: str | None,
     revision: str | None,
     cache_dir: Path | None,
+    streaming: bool = False,
 ) -> Source:
-    """The set that the configuration names; nothing is read yet.
+    """The set that the configuration names; nothing is read yet. ``chunks`` begins at row ``start`` of it.
 
     Args:
         source: ``tiny``, a file format (``files.FILE_FORMATS``), or the id of a set on the Hub.
         data_files: path, glob, folder, or list of them; only for a file format.
         split, subset, revision: of a set on the Hub; ``split`` of the embedded one too.
         cache_dir: where hashes of large files are remembered; None: nowhere.
+        streaming: take no copy of a set on the Hub, and do not read large files through before their first row.
 
     Raises:
         ConfigError: if the values contradict each other, or there is no such file.
     """
     if source in FILE_FORMATS:
-        return FileSource(source, find_files(data_files, source), cache_dir)
+        kind = StreamedFiles if streaming else FileSource
+        return kind(source, find_files(data_files, source), cache_dir)
     if data_files is not None:
         raise ConfigError(
             "dataset.data_files",
@@ -82,7 +86,7 @@ def open_source(
         )
     if source == "tiny":
         return TinySource(split or "train")
-    return HubSource(source, split or "train", subset, revision)
+    return (HubStream if streaming else HubSource)(source, split or "train", subset, revision)
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,9 @@ class TinySource:
         """Its rows."""
         return len(self._rows()), "rows"
 
-    def chunks(self, columns: Sequence[str] | None, on_problem: OnProblem) -> Iterator[Chunk]:  # noqa: ARG002
+    def chunks(self, columns: Sequence[str] | None, on_problem: OnProblem, start: int = 0) -> Iterator[Chunk]:  # noqa: ARG002
         """All rows at once: they are few."""
-        rows = [(i, row._asdict()) for i, row in enumerate(self._rows())]
+        rows = [(i, row._asdict()) for i, row in enumerate(self._rows()) if i >= start]
         yield Chunk("the tiny set", rows, len(rows))
 
     def _rows(self) -> list[Any]:
@@ -126,18 +130,39 @@ class FileSource:
         """What the files take on the disk."""
         return sum(file.stat().st_size for file in self.files) // 1024, "KiB"
 
-    def chunks(self, columns: Sequence[str] | None, on_problem: OnProblem) -> Iterator[Chunk]:
+    def chunks(self, columns: Sequence[str] | None, on_problem: OnProblem, start: int = 0) -> Iterator[Chunk]:
         """The files' rows, file by file."""
         first_row = n_before = 0
         for file in self.files:
             size = file.stat().st_size
             with file.open("rb") as raw:
-                rows = file_rows(self.format, file, raw, columns, on_problem, first_row)
+                rows = file_rows(self.format, file, raw, columns, on_problem, first_row, start)
                 while held := list(itertools.islice(rows, _CHUNK_ROWS)):
                     first_row = held[-1][0] + 1
+                    if held[0][0] < start:
+                        held = [row for row in held if row[0] >= start]
                     n_read = size if raw.closed else raw.tell()  # Arrow closes what it has read to the end
-                    yield Chunk(str(file), held, (n_before + n_read) // 1024)
+                    if held:
+                        yield Chunk(str(file), held, (n_before + n_read) // 1024)
             n_before += size
+
+
+class StreamedFiles(FileSource):
+    """Files that may be too many to read before training begins: the large ones are known by their size and ends."""
+
+    def fingerprint(self) -> str:
+        """A digest of small files' content, of large ones' size and first and last MiB."""
+        digests = [self.format]
+        for file in self.files:
+            size = file.stat().st_size
+            if size <= _SMALL_FILE:
+                digests.append(file_digest(file, None))
+                continue
+            with file.open("rb") as stream:
+                ends = stream.read(1 << 20)
+                stream.seek(-(1 << 20), os.SEEK_END)
+                digests.append(f"{size} {hashlib.sha256(ends + stream.read()).hexdigest()}")
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def file_digest(file: Path, cache_dir: Path | None) -> str:
@@ -146,7 +171,7 @@ def file_digest(file: Path, cache_dir: Path | None) -> str:
     path = str(file.resolve())
     state = [path, stat.st_size, stat.st_mtime_ns, stat.st_ino]
     memo = None
-    if cache_dir is not None and stat.st_size > 1 << 24:  # below, hashing costs less than remembering
+    if cache_dir is not None and stat.st_size > _SMALL_FILE:  # below, hashing costs less than remembering
         memo = cache_dir / "files" / hashlib.sha256(path.encode()).hexdigest()[:32]
         with suppress(OSError, ValueError, KeyError):
             known = json.loads(memo.read_text(encoding="utf-8"))
@@ -191,26 +216,30 @@ class HubSource:
         """Its rows."""
         return len(self._load()), "rows"
 
-    def chunks(self, columns: Sequence[str] | None, on_problem: OnProblem) -> Iterator[Chunk]:
+    def chunks(self, columns: Sequence[str] | None, on_problem: OnProblem, start: int = 0) -> Iterator[Chunk]:
         """The split's rows."""
         loaded = self._load()
-        if (wanted := readable(columns, loaded.column_names)) is not None:
+        if (wanted := readable(columns, loaded.column_names or ())) is not None:
             loaded = loaded.select_columns(wanted)
-        where, row = f"{self.repo_id} ({self.split})", 0
+        if start >= getattr(loaded, "num_rows", start + 1):  # of a stream nobody knows, and it skips what is not there
+            return
+        if start:
+            loaded = loaded.skip(start)
+        where, row = f"{self.repo_id} ({self.split})", start
         for batch in loaded.with_format("arrow").iter(_CHUNK_ROWS):
             rows = list(arrow_rows(batch, where, on_problem, row))
             row += len(batch)
             if rows:
                 yield Chunk(where, rows, row)
 
-    def _load(self) -> Any:
+    def _load(self, **how: Any) -> Any:
         """The split, mapped from the cache of ``datasets``."""
         commit = self._resolved()
 
         def load() -> Any:
             import datasets
 
-            return datasets.load_dataset(self.repo_id, self.subset, split=self.split, revision=commit)
+            return datasets.load_dataset(self.repo_id, self.subset, split=self.split, revision=commit, **how)
 
         try:
             return _quietly(load)
@@ -251,6 +280,17 @@ class HubSource:
             "dataset.source=json dataset.data_files=/path/to/a/local/copy.json   "
             "(a gated set also needs HF_TOKEN; HF_HUB_OFFLINE=1 uses the Hub's cache on this machine)",
         )
+
+
+class HubStream(HubSource):
+    """The same, read over the network as it is needed; no copy is kept."""
+
+    def size(self) -> tuple[int, str]:
+        """Unknown: nobody has counted the rows."""
+        return 0, "rows"
+
+    def _load(self, **how: Any) -> Any:
+        return super()._load(streaming=True, **how)
 
 
 def _quietly(load: Callable[[], Any]) -> Any:

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ftlab.data.cache import Lease
+
 
 class Mark(IntFlag):
     """What is noteworthy about a row."""
@@ -99,9 +101,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Store:
-    """The arrays that a ``StoreWriter`` left, mapped: all processes of a machine share one copy in memory."""
+    """The arrays that a ``StoreWriter`` left, mapped: all processes of a machine share one copy in memory.
 
-    def __init__(self, folder: Path):
+    Args:
+        lease: of a folder that is not to stay; it lives as long as this object.
+    """
+
+    def __init__(self, folder: Path, lease: Lease | None = None):
+        self._lease = lease
+        self.built_here = lease is not None and lease.built
         self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         self.families: list[str] = self.facts["families"]
         self.digest: str = self.facts["digest"]

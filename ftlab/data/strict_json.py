@@ -41,24 +41,29 @@ def _refuse(literal: str) -> NoReturn:
 _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
-def json_rows(stream: BinaryIO, name: str, on_problem: OnProblem, first_row: int) -> Iterator[tuple[int, Any]]:
+def json_rows(
+    stream: BinaryIO, name: str, on_problem: OnProblem, first_row: int, start: int = 0
+) -> Iterator[tuple[int, Any]]:
     """Number and value of every row of an array, or of one row per line, told apart by the first character.
 
     A line that cannot be read is a problem and a row left out; so is what remains of an array from a fault on.
+
+    Args:
+        start: the first row that is wanted; the values of those before may be None.
     """
-    start = stream.read(1)
+    begin = stream.read(1)
     bom = b""
-    if start == codecs.BOM_UTF8[:1] and (rest := stream.read(2)) == codecs.BOM_UTF8[1:]:
-        bom, start = codecs.BOM_UTF8, stream.read(1)
-    elif start == codecs.BOM_UTF8[:1]:
-        start += rest
-    while start.isspace():
-        bom += start
-        start = stream.read(1)
-    if start == b"[":
+    if begin == codecs.BOM_UTF8[:1] and (rest := stream.read(2)) == codecs.BOM_UTF8[1:]:
+        bom, begin = codecs.BOM_UTF8, stream.read(1)
+    elif begin == codecs.BOM_UTF8[:1]:
+        begin += rest
+    while begin.isspace():
+        bom += begin
+        begin = stream.read(1)
+    if begin == b"[":
         before = bom.removeprefix(codecs.BOM_UTF8).decode() + "["
         return _Array(stream, name, before, len(bom) + 1, first_row).rows(on_problem)
-    return _line_rows(stream, name, on_problem, first_row, bom, start)
+    return _line_rows(stream, name, on_problem, first_row, bom, begin, start)
 
 
 def invalid_utf8(name: str, byte: int, offset: int, row: int | None) -> Problem:
@@ -72,12 +77,15 @@ def invalid_utf8(name: str, byte: int, offset: int, row: int | None) -> Problem:
 
 
 def _line_rows(
-    stream: BinaryIO, name: str, on_problem: OnProblem, row: int, skipped: bytes, start: bytes
+    stream: BinaryIO, name: str, on_problem: OnProblem, row: int, skipped: bytes, begin: bytes, start: int
 ) -> Iterator[tuple[int, Any]]:
     number, offset = 1 + skipped.count(b"\n"), len(skipped)
-    for line in _rejoined(start, stream):
+    for line in _rejoined(begin, stream):
         stripped = line.strip()
-        if stripped:
+        if stripped and row < start:
+            yield row, None
+            row += 1
+        elif stripped:
             try:
                 yield row, _decoder.decode(stripped.decode("utf-8"))
             except UnicodeDecodeError as error:
@@ -93,8 +101,8 @@ def _line_rows(
         offset += len(line)
 
 
-def _rejoined(start: bytes, stream: BinaryIO) -> Iterator[bytes]:
-    line = start + stream.readline(_MAX_ROW) if start not in (b"", b"\n") else start
+def _rejoined(begin: bytes, stream: BinaryIO) -> Iterator[bytes]:
+    line = begin + stream.readline(_MAX_ROW) if begin not in (b"", b"\n") else begin
     while line:
         if len(line) >= _MAX_ROW and not line.endswith(b"\n"):
             raise OSError(f"a line of more than {_MAX_ROW} bytes")

@@ -11,9 +11,8 @@ from rich.text import Text
 from ftlab.assembly import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
+from ftlab.data.base import TrainingData
 from ftlab.data.cache import cache_folder, size_of
-from ftlab.data.dataset import Dataset
-from ftlab.data.mixture import Mixture
 from ftlab.data.samples import Packs
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.lab.terminal import print_sample
@@ -35,7 +34,7 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
     # Only where the tokenizer is looked for beside the model's weights are these needed.
     checkpoint = resolve_checkpoint(named) if named and config["tokenizer"].get("path") == named else None
     tokenizer: Tokenizer = build(beside_checkpoint(config["tokenizer"], named, checkpoint))
-    data: Dataset | Mixture = read_data(config, tokenizer, inspecting=True)
+    data = read_data(config, tokenizer, inspecting=True)
     console = Console(highlight=False)
     stopping = _tell(console, data)
     for sample in data.examples():
@@ -50,7 +49,7 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
     return 2 if stopping else 0
 
 
-def _tell(console: Console, data: Dataset | Mixture) -> bool:
+def _tell(console: Console, data: TrainingData) -> bool:
     """Print what was found; whether any of it stops a run."""
     for name in ("train", "validation"):
         if (part := data.report[name]) is not None:
@@ -59,20 +58,22 @@ def _tell(console: Console, data: Dataset | Mixture) -> bool:
                 f"{part['target_tokens']:,} of them trained, longest row {part['max_row_tokens']:,}",
                 soft_wrap=True,
             )
+    if data.report.get("streaming"):
+        console.print(f"a stream: this is its first window, {data.report['rows']:,} rows")
     if isinstance(data.train, Packs):
         console.print(f"[bold]packs      [/]{len(data.train):,}, {data.train.efficiency():.1%} full")
     for name, one in data.report.get("sets", {}).items():
         console.print(f"[bold]{name:<11}[/]{one['share']:.1%} of an epoch, {one['passes_per_epoch']:.2f} times through")
     for warning in data.report["warnings"]:
         console.print(Text(f"- {warning}"), soft_wrap=True)
-    stopping = [finding for finding in data.findings if finding.stops and finding.kind not in data.allow]
+    stopping = [finding for finding in data.findings if finding.stops and finding.kind not in data.allowed()]
     for finding in data.findings:
         style = "bold red" if finding in stopping else "yellow"
         console.print(Text.assemble((f"{finding.kind}  ", style), str(finding)), soft_wrap=True)
         if finding.example:
             console.print(Text(f"    {finding.example}"), soft_wrap=True)
     if stopping:
-        allowed = ",".join(dict.fromkeys([*data.allow, *(finding.kind for finding in stopping)]))
+        allowed = ",".join(dict.fromkeys([*data.allowed(), *(finding.kind for finding in stopping)]))
         console.print(Text(f"a run stops here; to run all the same: dataset.allow=[{allowed}]", "bold red"))
     elif not data.findings:
         console.print("nothing wrong was found", style="green")

@@ -11,9 +11,7 @@ from typing import Any
 from ftlab.assembly import read_data
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
-from ftlab.data.dataset import Dataset
-from ftlab.data.loader import BatchLoader
-from ftlab.data.mixture import Mixture
+from ftlab.data.base import TrainingData
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.env import describe_device, pick_device
 from ftlab.errors import ConfigError
@@ -151,9 +149,10 @@ def _counts(config: Config, tokenizer: Tokenizer | None, n_ranks: int, given: Gi
     trainer: TrainerConfig = build(config["trainer"])
     dataset = config["dataset"]
     at_hand = dataset.get("source") == "tiny" or dataset.get("data_files") is not None
+    at_hand = at_hand and not dataset.get("streaming")  # to count a stream is to read all of it
     if at_hand and tokenizer is not None and given.rows is None:
         data = read_data(config, tokenizer)
-        return _counted(config, trainer, data, n_ranks)
+        return _counted(trainer, data, n_ranks)
     seq_len, rows = config["seq_len"], given.rows
     per_step = trainer.batch_size * trainer.accumulation_steps(n_ranks) * n_ranks
     steps = trainer.max_steps
@@ -161,7 +160,7 @@ def _counts(config: Config, tokenizer: Tokenizer | None, n_ranks: int, given: Gi
         steps = trainer.total_steps(-(-rows // per_step))
     samples = None
     if rows is not None and steps is not None:
-        per_epoch = trainer.epoch_steps(-(-rows // per_step))
+        per_epoch = trainer.epoch_steps(-(-rows // per_step)) or steps
         whole, rest = divmod(steps, per_epoch)
         samples = whole * min(per_epoch * per_step, rows) + min(rest * per_step, rows)
     tokens = round(samples * given.row_tokens) if samples is not None and given.row_tokens is not None else None
@@ -176,24 +175,20 @@ def _counts(config: Config, tokenizer: Tokenizer | None, n_ranks: int, given: Gi
     )
 
 
-def _counted(config: Config, trainer: TrainerConfig, data: Dataset | Mixture, n_ranks: int) -> Counts:
+def _counted(trainer: TrainerConfig, data: TrainingData, n_ranks: int) -> Counts:
     """By the loader itself, on every rank: what it deals out is what the run counts."""
     loaders = [
-        BatchLoader(
-            data.train,
+        data.loader(
             batch_size=trainer.batch_size,
             gradient_accumulation_steps=trainer.accumulation_steps(n_ranks),
-            shuffle=data.shuffle,
-            seed=config["seed"],
             dp_rank=rank,
             dp_size=n_ranks,
-            pad_id=0,
-            grouped=data.group_by_length,
         )
         for rank in range(n_ranks)
     ]
     steps_per_epoch = loaders[0].steps_per_epoch
     total, per_epoch = trainer.total_steps(steps_per_epoch), trainer.epoch_steps(steps_per_epoch)
+    assert per_epoch is not None  # no stream
     samples = tokens = targets = longest = 0
     for epoch in range(-(-total // per_epoch)):
         n_steps = min(per_epoch, total - epoch * per_epoch)
@@ -210,7 +205,7 @@ def _counted(config: Config, trainer: TrainerConfig, data: Dataset | Mixture, n_
         tokens=tokens,
         target_tokens=targets,
         longest=longest,
-        longest_validation=None if data.validation is None else int(data.validation.lengths.max()),
+        longest_validation=data.longest()[1],
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ftlab.assembly import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.config.stored import stored_config
-from ftlab.data.batch import Pack, Sample
+from ftlab.data.batch import Sample
 from ftlab.data.loader import BatchLoader
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError
@@ -66,26 +66,24 @@ def replay(run: Path, step: int) -> Replayed:
         beside_checkpoint(config["tokenizer"], named, resolve_checkpoint(named, weights=False) if follows else None)
     )
     data = read_data(config, tokenizer)
-    loader = BatchLoader(
-        data.train,
-        batch_size=global_batch_size,
-        gradient_accumulation_steps=1,
-        shuffle=data.shuffle,
-        seed=config["seed"],
-        dp_rank=0,
-        dp_size=1,
-        pad_id=tokenizer.pad_id,
-        grouped=data.group_by_length,
-    )
-    trainer: TrainerConfig = build(config["trainer"])
-    epoch, epoch_step = divmod(step - 1, trainer.epoch_steps(loader.steps_per_epoch))
-    rows = loader.order(epoch)[epoch_step * global_batch_size : (epoch_step + 1) * global_batch_size]
-    dealt = [data.train.sample(int(i)) for i in rows]
+    loader = data.loader(batch_size=global_batch_size, gradient_accumulation_steps=1, dp_rank=0, dp_size=1)
+    epoch, epoch_step = _place(step - 1, loader, build(config["trainer"]))
     return Replayed(
         step=step,
         epoch=epoch,
-        samples=[sample for row in dealt for sample in (row.samples if isinstance(row, Pack) else [row])],
+        samples=loader.samples(epoch, epoch_step),
         noted=seen_at(run / "ledger", step),
         tokenizer=tokenizer,
         same_data=data.fingerprint == record.get("data_fingerprint"),
     )
+
+
+def _place(steps_before: int, loader: BatchLoader, trainer: TrainerConfig) -> tuple[int, int]:
+    """The epoch of the step that ``steps_before`` come before, and how many of them are in it."""
+    steps = trainer.epoch_steps(loader.steps_per_epoch)
+    if steps is None:  # a stream, whose end nobody has seen
+        if loader.samples(0, steps_before):
+            return 0, steps_before
+        steps = trainer.epoch_steps(loader.steps_per_epoch)
+        assert steps is not None  # now it was
+    return divmod(steps_before, steps)

@@ -27,7 +27,7 @@ class RunInfo:
     n_params: int
     weights: str | None  # where they come from; None: random
     dataset: str
-    n_train_samples: int
+    n_train_samples: int | None
     n_val_samples: int
     device: str  # e.g. "cpu", "NVIDIA H200 × 4"
     precision: str

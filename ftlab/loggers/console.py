@@ -61,7 +61,8 @@ class ConsoleLogger:
         self._heading(f"ftlab · {info.name}", "bold cyan")
         random = Text("RANDOM: nothing pretrained is loaded, this model learns from zero", "bold yellow")
         plan = f"{info.total_steps:,} steps of {info.global_batch_size:,} sequences, seed {info.seed}"
-        data = f"{info.dataset}: {info.n_train_samples:,} training, {info.n_val_samples:,} validation samples"
+        n_train = "a stream of" if info.n_train_samples is None else f"{info.n_train_samples:,}"
+        data = f"{info.dataset}: {n_train} training, {info.n_val_samples:,} validation samples"
         self._row("model", f"{info.model}, {_count(info.n_params)} parameters")
         self._row("weights", info.weights or random)
         self._row("data", data)

@@ -108,6 +108,16 @@ def write_file(path: Path, data: bytes) -> str:
     return file.sha256()
 
 
+def flush_file(path: Path) -> None:
+    """Bring to the disk what somebody else wrote into a file."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    observer("fsync", path)
+
+
 def rename(path: Path, to: Path) -> None:
     """Rename within one folder, and make sure of it; ``to`` must not exist."""
     assert path.parent == to.parent

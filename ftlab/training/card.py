@@ -33,7 +33,8 @@ def model_card(info: RunInfo, progress: Progress, metrics: Mapping[str, float], 
     table = {
         "parameters": f"{info.n_params:,}",
         "started from": origin,
-        "data": f"`{info.dataset}`, {info.n_train_samples:,} training samples",
+        "data": f"`{info.dataset}`, "
+        + ("a stream" if info.n_train_samples is None else f"{info.n_train_samples:,} training samples"),
         "trained": f"{progress.step:,} steps of {info.global_batch_size:,} sequences, {progress.tokens:,} tokens",
         "precision": info.precision,
         "device": info.device,

@@ -86,6 +86,7 @@ class Checkpointer:
     Args:
         metric: the validation metric that tells which checkpoint is best, and whether less of it is better.
         parent: digest of the checkpoint that the run goes on from; null for none.
+        place: what is to be remembered of the data at a step of an epoch (``BatchLoader.place``).
     """
 
     def __init__(
@@ -98,10 +99,11 @@ class Checkpointer:
         *,
         metric: tuple[str, bool],
         parent: str | None,
+        place: Callable[[int], Mapping[str, int | None]],
     ):
         self.config = config
         self._checkpoints, self._state, self._parallel = checkpoints, state, parallel
-        self._identity, self._metric, self._parent = identity, metric, parent
+        self._identity, self._metric, self._parent, self._place = identity, metric, parent, place
         self._saved_step = state.progress.step if parent else -1
         self._saved_at = time.monotonic()
         self._staging: dict[str, Tensor] = {}
@@ -228,6 +230,7 @@ class Checkpointer:
                 "epoch": progress.epoch,
                 "position": progress.epoch_step * identity.global_batch_size,
                 "global_batch_size": identity.global_batch_size,
+                **self._place(progress.epoch_step),
             },
             "run": identity.run,
             "config": identity.config,

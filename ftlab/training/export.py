@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ def export_model(
         content = {**about, "dtype": str(dtype).removeprefix("torch."), "proof": proof.__dict__, "files": entries}
         disk.replace_file(aside / MANIFEST, to_json(content, indent=2) + "\n")
         for path in files.values():
-            _flush(path)
+            disk.flush_file(path)
         disk.sync_folder(aside)
         _put_in_place(aside, folder)
     parallel.barrier()
@@ -159,14 +158,6 @@ def _logits(model: AnyModel, precision: Precision, parallel: Parallelism) -> Ten
         logits: Tensor = model(tokens)
     model.train(was_training)
     return logits.float().cpu()
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _put_in_place(aside: Path, folder: Path) -> None:

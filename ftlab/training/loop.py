@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -93,16 +92,19 @@ class TrainerConfig:
             )
         return replace(self, batch_size=fitting[-1], global_batch_size=n, gradient_accumulation_steps=None)
 
-    def epoch_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of one epoch of a loader that has ``steps_per_epoch``."""
-        return min(steps_per_epoch, self.max_steps_per_epoch or steps_per_epoch)
+    def epoch_steps(self, steps_per_epoch: int | None) -> int | None:
+        """Optimizer steps of one epoch of a loader that has ``steps_per_epoch``; None where nobody knows yet."""
+        known = [n for n in (steps_per_epoch, self.max_steps_per_epoch) if n is not None]
+        return min(known, default=None)
 
-    def total_steps(self, steps_per_epoch: int) -> int:
+    def total_steps(self, steps_per_epoch: int | None) -> int:
         """Optimizer steps of the whole run."""
         if self.max_steps is not None:
             return self.max_steps
-        assert self.epochs is not None  # ftlab/config/check.py
-        return self.epochs * self.epoch_steps(steps_per_epoch)
+        epoch_steps = self.epoch_steps(steps_per_epoch)
+        assert self.epochs is not None  # ftlab/config/contradictions.py
+        assert epoch_steps is not None  # of a stream, only max_steps is allowed
+        return self.epochs * epoch_steps
 
 
 @dataclass(kw_only=True)
@@ -153,6 +155,12 @@ class Run:
     def ends_epoch(self) -> bool:
         """Whether the step just done was the last of its epoch."""
         return self.state.progress.epoch_step == self.trainer.epoch_steps(self.loader.steps_per_epoch)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with the part of the current one where its length is known."""
+        steps = self.trainer.epoch_steps(self.loader.steps_per_epoch)
+        return self.state.progress.epoch + (self.state.progress.epoch_step / steps if steps else 0.0)
 
     @property
     def out_of_patience(self) -> bool:
@@ -314,11 +322,11 @@ def prove_if_due(run: Run) -> None:
 def remaining_steps(run: Run) -> Iterator[list[Batch]]:
     """The micro-batches of every step still to do, epoch after epoch."""
     progress, total = run.state.progress, run.total_steps
-    epoch_steps = run.trainer.epoch_steps(run.loader.steps_per_epoch)
     while progress.step < total:
-        n_steps = min(epoch_steps - progress.epoch_step, total - progress.step)
-        yield from islice(run.loader.steps(progress.epoch, start_step=progress.epoch_step), n_steps)
-        if progress.epoch_step == epoch_steps:
+        steps = run.loader.steps(progress.epoch, start_step=progress.epoch_step)
+        while not run.ends_epoch and progress.step < total and (micro_batches := next(steps, None)) is not None:
+            yield micro_batches
+        if run.ends_epoch:
             progress.epoch, progress.epoch_step = progress.epoch + 1, 0
 
 
@@ -360,7 +368,7 @@ class LogWindow:
         busy = sum(s for phase, s in seconds.items() if phase not in ("eval", "save"))
         progress.train_s += busy
         line = {
-            "epoch": progress.epoch + progress.epoch_step / run.trainer.epoch_steps(run.loader.steps_per_epoch),
+            "epoch": run.epoch,
             "tokens": progress.tokens,
             "train/loss": metrics.loss.item(),
             "train/lr": metrics.lr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ftlab.assembly import assemble_run, random_weights
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.batch import Sample
+from ftlab.data.loader import BatchLoader
 from ftlab.distributed.env import WorkerEnv
 from ftlab.training.loop import remaining_steps, train_step
 from tests.distributed.strategies import strategy, train
@@ -66,8 +68,9 @@ def peak_of_a_step(*overrides: str) -> float:
         ["device=cuda", "tokenizer=byte", "model.checkpoint=null", "trainer.max_steps=2", *overrides]
     )
     model = build(config["model"]).replace(vocab_size=32000)
-    rows, worker = FullRows(config["seq_len"]), WorkerEnv.alone(config["device"])
-    run = assemble_run(config, model, random_weights(0), rows, False, 0, None, lambda *_: None, worker)
+    deal = partial(BatchLoader, FullRows(config["seq_len"]), shuffle=False, seed=0, pad_id=0)
+    worker = WorkerEnv.alone(config["device"])
+    run = assemble_run(config, model, random_weights(0), deal, None, lambda *_: None, worker)
     steps = remaining_steps(run)
     for _ in range(2):  # the second has the optimizer's state as well
         train_step(run, next(steps))

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ftlab.data import cache
 from ftlab.data.cache import cache_folder, cached, key_of
 from ftlab.data.dataset import Dataset
 from ftlab.data.formats import Instruct
@@ -20,6 +19,7 @@ from ftlab.data.templates import AlpacaTemplate, PlainTemplate
 from ftlab.data.tokenise import Recipe, tokenise
 from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from ftlab.errors import ConfigError
+from ftlab.storage import disk
 
 fork = multiprocessing.get_context("fork")  # quick: these processes only read, hash and write
 
@@ -27,7 +27,15 @@ fork = multiprocessing.get_context("fork")  # quick: these processes only read, 
 def options(folder, **changes):
     values = {
         **{"source": "jsonl", "data_files": str(folder / "rows.jsonl"), "split": "train", "subset": None},
-        **{"revision": None, "val_split": None, "val_data_files": None, "filter": None, "format": Instruct()},
+        **{
+            "revision": None,
+            "val_split": None,
+            "streaming": False,
+            "window_rows": 100,
+            "val_data_files": None,
+            "filter": None,
+            "format": Instruct(),
+        },
         "column_map": {"instruction": "instruction", "input": "input", "output": "output"},
         **{"template": AlpacaTemplate(), "train_on_input": False, "shuffle": True, "group_by_length": False},
         **{"packing": "best_fit", "val_fraction": 0.1, "max_samples": None, "too_long": "truncate", "allow": []},
@@ -128,13 +136,10 @@ def test_eight_processes_that_start_at_once_make_one_cache(rows, attempt):
 
 
 def build_slowly(**values):
-    sync = cache._sync
-
-    def slow(path):
+    def slow(operation, path):
         time.sleep(0.01)  # a disk that takes its time: the kill then falls into every part of the writing
-        sync(path)
 
-    cache._sync = slow
+    disk.observer = slow
     Dataset(**values)
 
 

@@ -39,7 +39,15 @@ def make(tmp_path):
         values = {
             "source": "json",
             "data_files": str(file),
-            **{"split": "train", "subset": None, "revision": None, "val_split": None, "val_data_files": None},
+            **{
+                "split": "train",
+                "subset": None,
+                "revision": None,
+                "val_split": None,
+                "streaming": False,
+                "window_rows": 100,
+                "val_data_files": None,
+            },
             **{"filter": None, "format": Instruct(), "group_by_length": False, "packing": "none", "allow": []},
             "cache_dir": tmp_path / "cache",
             "column_map": {"instruction": "instruction", "input": "input", "output": "output", "family": None},

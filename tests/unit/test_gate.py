@@ -46,7 +46,15 @@ def inspect(tmp_path):
         )
         values = {
             **{"source": "jsonl", "data_files": str(file), "split": "train", "subset": None, "revision": None},
-            **{"val_split": None, "val_data_files": None, "filter": None, "format": Instruct(), "allow": []},
+            **{
+                "val_split": None,
+                "streaming": False,
+                "window_rows": 100,
+                "val_data_files": None,
+                "filter": None,
+                "format": Instruct(),
+                "allow": [],
+            },
             "column_map": {"instruction": "instruction", "input": "input", "output": "output"},
             **{"template": AlpacaTemplate(), "train_on_input": False, "shuffle": True, "group_by_length": False},
             **{"packing": "none", "val_fraction": 0.0, "max_samples": None, "too_long": "truncate"},
