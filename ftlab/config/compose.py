@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ftlab.config import resolvers
 from ftlab.config.keys import Keys
 from ftlab.config.layers import Layer, Setting, leaves, read_layers
+from ftlab.config.mixtures import with_sets
 from ftlab.config.overrides import CommandLine, read_overrides, several_values, text_of
 from ftlab.errors import ConfigError, ConfigErrors
 
@@ -84,7 +85,7 @@ def compose(
     """
     prepare()
     loader = _loader(extra_dir)
-    given = read_overrides(overrides, _options(loader))
+    given = read_overrides(with_sets(overrides, CONF), _options(loader))
     problems = list(given.problems) + ([] if sweep else [several_values(swept) for swept in given.sweeps])
     with hydra_errors(problems):
         choices = [text_of(choice) for choice in given.choices.values()]
@@ -97,7 +98,7 @@ def compose(
         wrong = {id(value): list(keys.check_override(value)) for value in given.values}
         problems += [p for found in wrong.values() for p in found]
         given.values = [value for value in given.values if not wrong[id(value)]]
-        settings = [text_of(value) for value in given.hydra + given.values]
+        settings = [text_of(value) for value in given.hydra + given.deleted + given.values]
         with _reading_files():
             cfg = loader.load_configuration(primary, choices + settings, RunMode.RUN)
     return Composition(cfg, layers, given, problems)

@@ -20,6 +20,7 @@ def contradictions(values: Values) -> Iterator[ConfigError]:
         _warmup,
         _sequence,
         _packing,
+        _mixture,
         _streaming,
         _heads,
         _mesh,
@@ -96,6 +97,20 @@ def _packing(values: Values) -> Iterator[ConfigError]:
     for key, value in values.items():
         if key.startswith("dataset.") and key.endswith("packing") and value not in (None, "none"):
             yield ConfigError(key, f"{value}, but model=hf cannot keep packed documents apart", override(key, "none"))
+
+
+def _mixture(values: Values) -> Iterator[ConfigError]:
+    sets = dict.fromkeys(key.split(".")[2] for key in values if key.startswith("dataset.sets."))
+    weights = {key.split(".")[2]: value for key, value in values.items() if key.startswith("dataset.weights.")}
+    for name in dict.fromkeys([*sets, *weights] if sets else []):
+        key, weight = f"dataset.weights.{name}", weights.get(name)
+        if name not in sets or name not in weights:
+            has, lacks = ("a weight", "no set") if name in weights else ("a set", "no weight")
+            sign, value = ("~", "") if name in weights else ("+", "=1")
+            problem = f"{name} is {has} of the mixture, with {lacks} of that name"
+            yield ConfigError(key, problem, f"{sign}{key}{value}")
+        elif isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            yield ConfigError(key, f"{weight!r} is not a number above 0", override(key, 1.0))
 
 
 def _streaming(values: Values) -> Iterator[ConfigError]:

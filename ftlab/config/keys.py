@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from ftlab.config.layers import Layer, leaves
+from ftlab.config.mixtures import SETS, WEIGHTS
 from ftlab.config.rules import override
 from ftlab.errors import ConfigError
 
@@ -63,9 +64,10 @@ class Keys:
             yield ConfigError(key, f"{text} adds a key that exists already", text.removeprefix("+"))
 
     def exists(self, key: str) -> bool:
-        """Whether ``key`` holds a value, or is an element of a list that does."""
+        """Whether ``key`` holds a value, is an element of a list that does, or is the weight of a mixture's set."""
         parent, _, last = key.rpartition(".")
-        return key in self.defaults or (last.isdigit() and isinstance(self.defaults.get(parent), list))
+        weighs = parent == WEIGHTS and f"{SETS}.{last}.source" in self.defaults
+        return key in self.defaults or weighs or (last.isdigit() and isinstance(self.defaults.get(parent), list))
 
     def unknown(self, key: str, value: Any, where: str | None = None) -> ConfigError:
         """The error for a key that does not `exists`, with the key that was probably meant."""

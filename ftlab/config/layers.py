@@ -13,6 +13,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.default_element import ResultDefault
 from omegaconf import OmegaConf
 
+from ftlab.config.mixtures import SETS
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -52,7 +54,8 @@ def read_layers(loader: ConfigLoaderImpl, defaults: list[ResultDefault], primary
         if file is None:
             continue
         settings = _read(file, f"{file.parents[path.count('/')].name}/{path}.yaml", default.package or "")
-        layers.append(Layer(path, defines, settings, _picks(file)))
+        placed = (default.package or "").startswith(f"{SETS}.")  # one of a mixture's sets, from the command line too
+        layers.append(Layer(path, defines or placed, settings, _picks(file)))
         defines = defines and path != primary
     return layers
 

@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from ftlab.config.mixtures import SETS, WEIGHTS
 from ftlab.errors import ConfigError
 
 Options = Mapping[str, Sequence[str]]
@@ -19,10 +20,14 @@ Options = Mapping[str, Sequence[str]]
 
 @dataclass
 class CommandLine:
-    """Overrides by kind. Those with a problem are in no list but ``problems``; a sweep's are in ``sweeps``."""
+    """Overrides by kind. Those with a problem are in no list but ``problems``; a sweep's are in ``sweeps``.
+
+    ``choices`` are by group, or for a mixture's sets by group and package. ``deleted`` are weights of a mixture's sets.
+    """
 
     choices: dict[str, Override] = field(default_factory=dict)
     values: list[Override] = field(default_factory=list)
+    deleted: list[Override] = field(default_factory=list)
     hydra: list[Override] = field(default_factory=list)
     sweeps: list[Override] = field(default_factory=list)
     problems: list[ConfigError] = field(default_factory=list)
@@ -39,7 +44,11 @@ def read_overrides(overrides: Sequence[str], options: Options) -> CommandLine:
             line.problems.append(_unreadable(text, str(error)))
             continue
         key = given.key_or_group
-        if given.is_delete():
+        if key in options and (given.package or "").startswith(f"{SETS}."):
+            _place(given, options[key], line)
+        elif given.is_delete() and key.startswith(f"{WEIGHTS}."):
+            line.deleted.append(given)
+        elif given.is_delete():
             line.problems.append(ConfigError(key, f"{text} would take it out of the configuration; set it instead"))
         elif given.is_sweep_override():
             line.sweeps.append(given)
@@ -72,6 +81,17 @@ def _unreadable(text: str, told: str) -> ConfigError:
         plain = re.sub(r"\[(\w+)\]", r".\1", key)
         return ConfigError(key, "is not how an element of a list is named", f"{plain}={value}")
     return ConfigError(key, f"cannot be read: {told.splitlines()[0]}", f"{key}=\"'{value}'\"   (as text)")
+
+
+def _place(given: Override, options: Sequence[str], line: CommandLine) -> None:
+    """Add, change or take away one of a mixture's sets."""
+    name = str(given.value())
+    if given.is_delete() or name in options:
+        line.choices[text_of(given).partition("=")[0]] = given
+    else:
+        nearest = (difflib.get_close_matches(name, options, n=1, cutoff=0.3) or list(options[:1]))[0]
+        problem = f"has no option {name!r}; choices: {', '.join(options)}"
+        line.problems.append(ConfigError(given.key_or_group, problem, f"{SETS}=[{nearest}]"))
 
 
 def _choose(given: Override, options: Sequence[str], line: CommandLine) -> None:
