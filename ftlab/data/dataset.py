@@ -147,9 +147,10 @@ class Dataset(TrainingData):
             allow=tuple(sorted(self.allow)),
             inspecting=self.inspecting,
         )
+        window = source.number if isinstance(source, WindowOfRows) else None
+        progress = None if window else self.progress  # windows after the first are made while something else is shown
         label = f"tokenising {name}"
-        stays = not isinstance(source, WindowOfRows)
-        return tokenised(source, recipe, choice, self.cache_dir, self.progress, label, stays=stays)
+        return tokenised(source, recipe, choice, self.cache_dir, progress, label, stays=window is None)
 
     # ---- a stream
 

@@ -46,14 +46,16 @@ def test_each_sample_is_seen_once_an_epoch_over_a_kill_and_other_ranks(
 ) -> None:
     cache = f"paths.cache_dir={tmp_path / 'cache'}"
     straight = Folder(tmp_path / "straight", *COMMON, cache, *ranks(before), *data, n_ranks=before)
-    straight.train(whole=True)
+    straight.train(whole=True, noise=False)
     folder = Folder(tmp_path / "killed", *COMMON, cache, *ranks(before), *data, n_ranks=before)
     total = straight.record()["progress"]["step"]
-    with folder.interrupt(KillAt(before - 1, "step", 7), whole=True) as trial:  # in the second epoch, of five steps
+    with folder.interrupt(
+        KillAt(before - 1, "step", 7), whole=True, noise=False
+    ) as trial:  # in the second epoch, of five steps
         trial.end()
     assert folder.begun
     folder.n_ranks, folder.overrides = after, (*COMMON, cache, *ranks(after), *data)
-    folder.train(whole=True)
+    folder.train(whole=True, noise=False)
 
     assert len({path.name for path in (folder.run / "ledger").glob("rank*.txt")}) == max(before, after)
     for epoch in range(EPOCHS):

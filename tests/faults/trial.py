@@ -130,8 +130,10 @@ class Rank:
             # Told is not done: what counts is the system call.
             assert os.path.realpath(path or "") in self._flushed, f"{operation} {path} was told, but not done"
             self._flushed.discard(os.path.realpath(path or ""))
+        below = "" if path is None else os.path.relpath(path, self.root)
+        if below.startswith(".."):  # the cache of tokenised rows, which is there or not
+            return
         with self._lock:
-            below = "" if path is None else os.path.relpath(path, self.root)
             event = Event(self._number, self.worker.rank, operation, below, self.step)
             self._number += 1
         self._events.write(json.dumps(asdict(event)) + "\n")

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from ftlab.data.cache import cache_folder, cached, key_of
 from ftlab.data.dataset import Dataset
 from ftlab.data.formats import Instruct
 from ftlab.data.sources import file_digest
+from ftlab.data.store import StoreWriter
 from ftlab.data.templates import AlpacaTemplate, PlainTemplate
 from ftlab.data.tokenise import Recipe, tokenise
 from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
@@ -120,7 +120,7 @@ def build(folder, results, i):
     results[i] = data.fingerprint
 
 
-@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.parametrize("attempt", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))])
 def test_eight_processes_that_start_at_once_make_one_cache(rows, attempt):
     with fork.Manager() as manager:
         results = manager.dict()
@@ -135,30 +135,37 @@ def test_eight_processes_that_start_at_once_make_one_cache(rows, attempt):
     assert (len(entries(rows, "rows")), len(entries(rows, "packs"))) == (1, 1)
 
 
-def build_slowly(**values):
-    def slow(operation, path):
-        time.sleep(0.01)  # a disk that takes its time: the kill then falls into every part of the writing
+def build_until(nth, values):
+    """Build, and die at the ``nth`` thing that is done: rows written to an array, a file or folder flushed."""
+    seen = iter(range(nth + 1))
 
-    disk.observer = slow
+    def count(*_):
+        if next(seen) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    add = StoreWriter.add
+
+    def add_and_count(writer, **arrays):
+        count()
+        add(writer, **arrays)
+        count()
+
+    StoreWriter.add, disk.observer = add_and_count, count
     Dataset(**values)
 
 
-def test_a_process_killed_while_it_builds_leaves_nothing_that_passes_for_whole(rows):
+@pytest.mark.parametrize("n_trials", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_process_killed_while_it_builds_leaves_nothing_that_passes_for_whole(rows, n_trials):
     wanted = Dataset(**options(rows, cache_dir=rows / "elsewhere")).fingerprint
-    rng = random.Random(0)
-    n_killed = 0
-    for trial in range(20):
-        folder = rows / f"cache{trial}"
-        process = fork.Process(target=build_slowly, kwargs=options(rows, cache_dir=folder))
+    for nth in np.linspace(0, 19, n_trials).round().astype(int).tolist():  # rows: 2 + 15 flushes, packs: 4
+        folder = rows / f"cache{nth}"
+        process = fork.Process(target=build_until, args=(nth, options(rows, cache_dir=folder)))
         process.start()
-        time.sleep(rng.uniform(0.0, 0.3))
-        os.kill(process.pid, signal.SIGKILL)
         process.join()
-        n_killed += process.exitcode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL, f"it was done before event {nth}"
         assert Dataset(**options(rows, cache_dir=folder)).fingerprint == wanted
-        left = [path for path in (folder / "rows").iterdir() if path.is_dir()]
-        assert len(left) == 1, "what was left aside is cleared away"
-    assert n_killed >= 10
+        left = [path for kind in ("rows", "packs") for path in (folder / kind).iterdir() if path.is_dir()]
+        assert len(left) == 2, "what was left aside is cleared away"
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete"])
@@ -200,7 +207,7 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 def test_several_processes_tokenise_what_one_does(rows, tmp_path):
     from ftlab.data.problems import Refusal
     from ftlab.data.sources import FileSource
-    from ftlab.data.store import Store, StoreWriter
+    from ftlab.data.store import Store
 
     recipe = Recipe(
         format=Instruct(),
