@@ -243,12 +243,13 @@ def _describe(folder: RunFolder, experiment: Experiment, worker: WorkerEnv) -> N
         (folder.path / "data_check.html").write_text(data.page(), encoding="utf-8")
         for warning in data.report["warnings"]:
             log.warning("data: %s", warning)
+    info = experiment.info(folder, 0)
     folder.update(
         data_fingerprint=data.fingerprint,
         n_params=experiment.model_config.n_params(),
         global_batch_size=experiment.run.loader.global_batch_size,
-        n_train_samples=len(experiment.data.train),
-        device=experiment.info(folder, 0).device,
+        n_train_samples=info.n_train_samples,
+        device=info.device,
     )
 
 
