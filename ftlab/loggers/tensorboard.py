@@ -18,7 +18,8 @@ _FLUSH_S = 5  # how old what a watcher sees may be
 class TensorBoardLogger:
     """Scalars by step, answers as text, the configuration, and the plots at the end.
 
-    A run that goes on writes a further file, which hides what the earlier ones hold of steps it takes again.
+    A run that goes on writes a further file, which asks readers to hide what the earlier ones hold of steps it takes
+    again; not every reader does.
     """
 
     def __init__(self) -> None:
