@@ -33,7 +33,7 @@ from ftlab.data.show import N_EXAMPLES, examples
 from ftlab.data.sources import Source, open_source
 from ftlab.data.split import draw_validation
 from ftlab.data.store import Mark, Store
-from ftlab.data.stream import Stream
+from ftlab.data.stream import Stream, while_wanted
 from ftlab.data.templates import Template
 from ftlab.data.tokenise import Recipe
 from ftlab.data.windows import WindowOfRows, WindowReader
@@ -148,7 +148,7 @@ class Dataset(TrainingData):
             inspecting=self.inspecting,
         )
         window = source.number if isinstance(source, WindowOfRows) else None
-        progress = None if window else self.progress  # windows after the first are made while something else is shown
+        progress = while_wanted if window else self.progress
         label = f"tokenising {name}"
         return tokenised(source, recipe, choice, self.cache_dir, progress, label, stays=window is None)
 

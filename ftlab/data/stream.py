@@ -8,8 +8,10 @@ and the next, which is made beside the training. A window goes when nobody holds
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,8 +73,12 @@ class Stream:
             ahead = _Ahead(lambda k: self._open(reader, k), number + 1, 0.0 if built else _HEAD_START_S)
             n = len(rows)
             self._firsts[number + 1] = first + n
-            if first + n > start:
-                yield Window(first, rows, permutation(n, seed, epoch, number) if shuffle else np.arange(n))
+            try:
+                if first + n > start:
+                    yield Window(first, rows, permutation(n, seed, epoch, number) if shuffle else np.arange(n))
+            except BaseException:  # whoever asked for windows has had enough of them
+                ahead.abandon()
+                raise
             number, first = number + 1, first + n
             del rows, opened  # a window goes with the last who has rows of it
             opened = ahead.take()
@@ -103,23 +109,40 @@ class Stream:
         return self._rows_of(store, number), store.built_here
 
 
-class _Ahead:
-    """Opens a window in a thread beside the training."""
+class _GivenUpError(Exception):
+    """Nobody wants the window any more."""
+
+
+class _Ahead(threading.Thread):
+    """Opens a window beside the training; no daemon, which may not be in foreign code when the interpreter ends."""
 
     def __init__(self, open_window: Callable[[int], tuple[Rows, bool] | None], number: int, delay_s: float):
+        super().__init__(name="next window")
         self._open, self._number, self._delay_s = open_window, number, delay_s
         self._wanted = threading.Event()
+        self._abandoned = False
         self._error: BaseException | None = None
         self._opened: tuple[Rows, bool] | None = None
-        self._thread = threading.Thread(target=self._work, name="next window", daemon=True)
-        self._thread.start()
+        self.start()
 
-    def _work(self) -> None:
-        self._wanted.wait(self._delay_s)
+    @property
+    def given_up(self) -> bool:
+        """Whether what is under way is for nobody; the main thread counts as dead once the interpreter ends."""
+        return self._abandoned or not threading.main_thread().is_alive()
+
+    def run(self) -> None:
+        until = time.monotonic() + self._delay_s
+        while time.monotonic() < until and not self.given_up and not self._wanted.wait(0.1):
+            pass
         try:
-            self._opened = self._open(self._number)
+            if not self.given_up:
+                self._opened = self._open(self._number)
         except BaseException as error:  # raised where the window is needed
             self._error = error
+
+    def abandon(self) -> None:
+        """Go no further than the rows at hand."""
+        self._abandoned = True
 
     def take(self) -> tuple[Rows, bool] | None:
         """What was opened, when it is.
@@ -128,8 +151,19 @@ class _Ahead:
             DataError: what is wrong with the window.
         """
         self._wanted.set()
-        self._thread.join()
+        self.join()
         if self._error is not None:
             raise self._error
         opened, self._opened = self._opened, None
         return opened
+
+
+def while_wanted(label: str, size: int) -> AbstractContextManager[Callable[[int], Any]]:  # noqa: ARG001 - as a bar is called
+    """In place of a bar, for a window that is made beside the training: ends the work when nobody wants it."""
+
+    def check(_: int) -> None:
+        thread = threading.current_thread()
+        if isinstance(thread, _Ahead) and thread.given_up:
+            raise _GivenUpError
+
+    return nullcontext(check)
