@@ -176,6 +176,7 @@ class WandbLogger:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        logging.getLogger("wandb").addFilter(_let_its_diary_fail)
         settings = wandb.Settings(silent=True, x_service_wait=_INIT_TIMEOUT_S)
         wandb.setup(settings)
         if mode == "online":
@@ -287,6 +288,17 @@ def _kill_service() -> None:
         with suppress(psutil.Error):
             if child.name() == "wandb-core":
                 child.kill()
+
+
+def _let_its_diary_fail(record: logging.LogRecord) -> bool:  # noqa: ARG001
+    """A filter that lets every record pass, on its way to files that a full disk may end.
+
+    W&B keeps a diary beside each run; for every line of it that cannot be written, Python would put a traceback onto
+    the terminal.
+    """
+    for handler in logging.getLogger("wandb").handlers:
+        handler.handleError = lambda record: None  # type: ignore[method-assign]  # noqa: ARG005
+    return True
 
 
 def _first_line(error: BaseException) -> str:

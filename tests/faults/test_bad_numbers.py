@@ -103,9 +103,11 @@ def test_r16_what_was_left_out_is_known_after_a_kill(n: int, tmp_path: Path) -> 
     claim = "killed after steps were left out (NaN, spikes), resumed: bitwise the uninterrupted run's end"
     with Figure("R16k", claim) as figure:
         for number in range(n):
-            n_ranks, overrides = LAYOUTS[number % len(LAYOUTS)]
-            rng = figure.random(number)
             spiky = number % 2
+            # Twenty times a loss that is scaled for float16 already may overflow there, which is not a spike.
+            layouts = [FSDP, SINGLE, DDP] if spiky else LAYOUTS
+            n_ranks, overrides = layouts[number // 2 % len(layouts)]
+            rng = figure.random(number)
             overrides = (*overrides, "trainer.max_skipped_steps=3")
             if spiky:  # judged from step 64 on
                 overrides += ("trainer.spike_sigma=6", "trainer.max_steps=100", "checkpoint.every_steps=7")
