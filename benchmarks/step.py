@@ -1,7 +1,8 @@
-"""Measure one training step of a composed configuration, on generated rows of full length.
+"""Measure one training step of a composed configuration, on generated rows.
 
     python benchmarks/step.py [--steps N] [--warmup N] [overrides as for train.py]
     python benchmarks/step.py model=llama2_7b model.checkpoint=null optimizer=sgd precision=bf16 seq_len=2048
+    torchrun --standalone --nproc_per_node 2 benchmarks/step.py parallelism=fsdp
 
 No data and no tokenizer file is needed: tokens are random, every position is a target, and the vocabulary
 is ``model.vocab_size`` or, where that is null, the tokenizer's (``tokenizer=byte`` unless given).
@@ -25,39 +26,65 @@ from rich.table import Table
 from ftlab.assembly import assemble_run, random_weights
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
-from ftlab.data.batch import Sample
+from ftlab.data.batch import Pack, Sample
 from ftlab.data.loader import BatchLoader
 from ftlab.distributed.env import WorkerEnv, describe_device, peak_flops
 from ftlab.models.transformer import ModelConfig
 from ftlab.training.loop import Run, remaining_steps, train_step
-from ftlab.training.metrics import PhaseClock, peak_memory_gib
+from ftlab.training.metrics import peak_memory_gib
 
 MFU_FORMULA = "(6·N_matmul·tokens + 12·L·d·T²·sequences) / seconds / peak"
 
 
 class RandomRows:
-    """Rows of ``length`` random tokens, every one trained."""
+    """Rows of random tokens, every one trained.
 
-    def __init__(self, length: int, vocab_size: int):
-        self._tokens = np.random.default_rng(0).integers(0, vocab_size, (1024, length), dtype=np.int32)
+    Args:
+        kind: ``full``: ``length`` tokens each; ``padded``: one document each, 20 to ``length`` tokens, half of them
+            below 110, about as Alpaca's; ``packed``: as many such documents as fit into ``length``.
+    """
+
+    def __init__(self, length: int, vocab_size: int, kind: str = "full"):
+        self._length, self._kind, self._n_drawn = length, kind, vocab_size
+        n_rows = 1024
+        self._rows: list[list[int]]
+        if kind == "full":
+            self._rows = [[length]] * n_rows
+            return
+        drawn = np.random.default_rng(0).lognormal(np.log(110), 0.7, 64 * n_rows).clip(20, length).astype(int).tolist()
+        self._rows = [[n] for n in drawn[:n_rows]]
+        if kind == "packed":
+            self._rows = [[]]
+            for n in drawn:
+                if sum(self._rows[-1]) + n > length:
+                    self._rows.append([])
+                self._rows[-1].append(n)
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._rows)
 
-    def sample(self, index: int) -> Sample:
-        tokens = self._tokens[index]
-        return Sample(tokens=tokens, trained=np.ones(len(tokens), dtype=bool), sample_id=index)
+    def sample(self, index: int) -> Sample | Pack:
+        documents = [
+            Sample(
+                tokens=np.random.default_rng((index, i)).integers(0, self._n_drawn, n, dtype=np.int32),
+                trained=np.ones(n, dtype=bool),
+                sample_id=index,
+            )
+            for i, n in enumerate(self._rows[index])
+        ]
+        return Pack(documents, self._length) if self._kind == "packed" else documents[0]
 
 
-def assemble(config: dict[str, Any], n_steps: int) -> tuple[Run, ModelConfig]:
+def assemble(config: dict[str, Any], n_steps: int, kind: str = "full") -> tuple[Run, ModelConfig]:
     """The run that ``train.py`` would make of ``config``, on random rows and without logging."""
     trainer = config["trainer"] | {"epochs": None, "max_steps": n_steps}
-    config = config | {"trainer": trainer, "seed": config["seed"] or 0}
+    dataset = config["dataset"] | {"packing": "none" if kind == "padded" else "best_fit"}  # what compilation goes by
+    config = config | {"trainer": trainer, "dataset": dataset, "seed": config["seed"] or 0}
     model_config: ModelConfig = replace(build(config["model"]), checkpoint=None)
     if model_config.vocab_size is None:
         model_config = replace(model_config, vocab_size=build(config["tokenizer"]).vocab_size)
     assert model_config.vocab_size is not None
-    rows = RandomRows(config["seq_len"], model_config.vocab_size)
+    rows = RandomRows(config["seq_len"], model_config.vocab_size, kind)
     return assemble_run(
         config,
         model_config,
@@ -69,41 +96,34 @@ def assemble(config: dict[str, Any], n_steps: int) -> tuple[Run, ModelConfig]:
     ), model_config
 
 
-def measure(run: Run, n_steps: int, *, synchronize: bool) -> dict[str, float]:
-    """Seconds by phase over ``n_steps`` steps.
-
-    Without ``synchronize`` only their sum means something on a GPU, and it is what training takes; with it
-    every phase waits for the device, so the parts are right and the sum is a little too long.
-    """
-    run.clock = PhaseClock(synchronize=run.parallel.device if synchronize else None)
-    steps = remaining_steps(run)
-    wait = torch.cuda.synchronize if run.parallel.device.type == "cuda" else lambda: None
-    wait()
+def measure(run: Run, n_steps: int) -> tuple[dict[str, float], list[int]]:
+    """Seconds by phase over ``n_steps`` steps, and the real lengths of the sequences in them."""
+    steps, lengths = remaining_steps(run), list[int]()
     run.clock.enter("data")
     run.clock.take()
     for _ in range(n_steps):
-        train_step(run, next(steps))
+        micro_batches = next(steps)
+        train_step(run, micro_batches)
         run.state.progress.step += 1
         run.state.progress.epoch_step += 1
+        lengths += [n for batch in micro_batches for n in batch.lengths]
         run.clock.enter("data")
-    wait()
     seconds = run.clock.take()
     run.state.guard.check()
-    return seconds
+    return seconds, lengths
 
 
-def benchmark(config: dict[str, Any], n_steps: int, n_warmup: int) -> dict[str, Any]:
+def benchmark(config: dict[str, Any], n_steps: int, n_warmup: int, kind: str = "full") -> dict[str, Any]:
     """All figures of one configuration."""
-    run, model = assemble(config, n_warmup + 2 * n_steps)
+    run, model = assemble(config, n_warmup + n_steps, kind)
     device = run.parallel.device
-    measure(run, n_warmup, synchronize=False)
+    measure(run, n_warmup)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = sum(measure(run, n_steps, synchronize=False).values())
-    phases = measure(run, n_steps, synchronize=True)
+    phases, lengths = measure(run, n_steps)
+    seconds = sum(phases.values())
     # Where the peak is measured, a busy moment must not pass for a slow machine.
     peak = max(run.peak_flops, peak_flops(device, run.precision.compute))
-    lengths = [config["seq_len"]] * run.loader.global_batch_size
     return {
         "model": config["run_name"],
         "n_params": model.n_params(),
@@ -116,8 +136,9 @@ def benchmark(config: dict[str, Any], n_steps: int, n_warmup: int) -> dict[str, 
         "global_batch_size": run.loader.global_batch_size,
         "steps": n_steps,
         "step_s": seconds / n_steps,
-        "tokens_per_s": sum(lengths) * n_steps / seconds,
-        "mfu": run.step_flops(lengths) * n_steps / seconds / peak,
+        "rows": kind,
+        "tokens_per_s": sum(lengths) / seconds,
+        "mfu": run.step_flops(lengths) / seconds / peak,
         "peak_flops": peak,
         "peak_memory_gib": peak_memory_gib(device),
         "phase_share": {name: s / sum(phases.values()) for name, s in phases.items()},
@@ -128,16 +149,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="measured optimizer steps (default 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
+    parser.add_argument("--rows", choices=["full", "padded", "packed"], default="full", help="what rows look like")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     arguments = parser.parse_args()
     needs_no_file = [] if any(o.startswith("tokenizer=") for o in arguments.overrides) else ["tokenizer=byte"]
     config = compose_config([*needs_no_file, *arguments.overrides])
-    figures = benchmark(config, arguments.steps, arguments.warmup)
+    figures = benchmark(config, arguments.steps, arguments.warmup, arguments.rows)
+    if WorkerEnv.here(config["device"]).rank:
+        return
     table = Table(title=f"{figures['model']} on {figures['device']}", show_header=False)
     rows = {
         "parameters": f"{figures['n_params']:,}",
         "precision, optimizer": f"{figures['precision']} (weights/arithmetic), {figures['optimizer']}",
-        "batch": f"{figures['global_batch_size']} × {figures['seq_len']} tokens",
+        "batch": f"{figures['global_batch_size']} {figures['rows']} rows of up to {figures['seq_len']} tokens",
         "step": f"{figures['step_s'] * 1e3:,.1f} ms",
         "real tokens/s": f"{figures['tokens_per_s']:,.0f}",
         "MFU": f"{figures['mfu']:.1%} of {figures['peak_flops'] / 1e12:,.2f} TFLOP/s; {MFU_FORMULA}",

@@ -1,0 +1,1 @@
+"""Comparisons and measurements; see README.md."""

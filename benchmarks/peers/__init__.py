@@ -1,0 +1,1 @@
+"""Contestants of ``benchmarks/compare.py``: each trains the same model on the same rows, in its own process."""
