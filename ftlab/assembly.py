@@ -29,7 +29,9 @@ from ftlab.errors import ConfigError, DataError
 from ftlab.forecast import MemoryMeter, Setting, available_bytes, forecast_or_none, refuse_unfit, with_batch_size
 from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
+from ftlab.models.attention import kernel_name
 from ftlab.models.auto import AnyModel, AnyModelConfig, find_model
+from ftlab.models.compiled import compile_blocks
 from ftlab.models.config import ModelConfig
 from ftlab.models.hub import commit_of
 from ftlab.models.resize import compare_specials, fit_vocabulary
@@ -74,6 +76,14 @@ class Experiment:
         """For run.json: GiB of this rank, predicted before the run and measured in it."""
         predicted = None if self.predicted is None else self.predicted.peak / GIB
         return {"predicted_peak_gib": predicted, "measured_peak_gib": self.meter.peak_gib()}
+
+    def attention(self) -> str | None:
+        """For run.json: the kernel that computes it; None for transformers' models, which choose their own."""
+        run = self.run
+        if not isinstance(self.model_config, ModelConfig):
+            return None
+        seq_len, device = self.config["seq_len"], run.parallel.device
+        return kernel_name(self.model_config, seq_len, run.precision.compute, device, packed=is_packed(self.config))
 
     def checkpointer(self, folder: RunFolder, keep: CheckpointConfig, opened: Opened | None) -> Checkpointer:
         """What saves this run."""
@@ -306,6 +316,8 @@ def assemble_run(
         dp_size=parallel.dp_size,
     )
     model = build_model(model_config, fill, precision, parallel)
+    if config["compile"]:
+        compile_blocks(model, varying=not is_packed(config))
     optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
     schedule = build(config["scheduler"], total_steps=trainer.total_steps(loader.steps_per_epoch))
     scaler = precision.grad_scaler(parallel.device)
@@ -407,6 +419,12 @@ def build_model(config: AnyModelConfig, fill: Fill, precision: Precision, parall
     parallel.place(model)
     fill(model)
     return model
+
+
+def is_packed(config: Config) -> bool:
+    """Whether training rows are packs of several samples, all of one length; of a mixture, those of any of its sets."""
+    sets = config["dataset"].get("sets", {"all": config["dataset"]})
+    return any(one.get("packing", "none") != "none" for one in sets.values())
 
 
 def flops_counter(model: AnyModelConfig) -> Callable[[list[int]], float]:

@@ -8,8 +8,9 @@ touched only inside the model's forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -63,3 +64,89 @@ class CrossEntropy:
     def of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Summed loss of ``targets`` (N,) under ``logits`` (N, V)."""
         return token_nll_sum(logits, targets, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedCrossEntropy(CrossEntropy):
+    """The same number as ``CrossEntropy``, and the same gradients, without ever holding all logits.
+
+    torch 2.13's own ``linear_cross_entropy`` knows no z-loss, older torch does not have it, and in chunks it took
+    3 to 8 times as long as all logits at once on a CPU (``benchmarks/head.py``).
+
+    Args:
+        chunk_tokens: targets whose logits exist at once.
+    """
+
+    chunk_tokens: int
+
+    def __call__(self, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
+            total: Tensor = _ChunkedNLL.apply(hidden, head_weight, targets, self)
+            return total
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for some_hidden, some_targets in zip(
+            hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True
+        ):
+            total = total + super().__call__(some_hidden, head_weight, some_targets)
+        return total
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """Takes the gradients of a chunk while its logits are at hand, so that they need not be computed twice.
+
+    It works because the loss is the end of the graph: what comes back is one scalar, which scales them. Three
+    matrix products per chunk, as many as without chunks, where recomputation would take four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, loss: ChunkedCrossEntropy) -> Tensor:
+        device = hidden.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
+        weight = head_weight.to(compute)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden)
+        d_weight: Tensor | None = None
+        for start in range(0, len(hidden), loss.chunk_tokens):
+            chunk = slice(start, start + loss.chunk_tokens)
+            x = hidden[chunk].to(compute)
+            nll, d_logits = _nll_and_gradient(F.linear(x, weight), targets[chunk], loss)
+            total += nll
+            counts = (targets[chunk] != IGNORE_INDEX)[:, None]
+            d_hidden[chunk] = (d_logits @ weight).masked_fill_(~counts, 0.0)
+            part = d_logits.t() @ x.masked_fill(~counts, 0.0)
+            # Sums over chunks in float32: in bfloat16 every addition would round.
+            d_weight = part if d_weight is None else d_weight.float().add_(part)
+        if d_weight is None:  # no targets at all
+            d_weight = torch.zeros_like(head_weight)
+        ctx.gradients = d_hidden, d_weight.to(head_weight.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *d_total: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        # In place, for they are as large as the head: a second backward has nothing to work on.
+        (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
+        return d_hidden.mul_(d_total[0]), d_weight.mul_(d_total[0]), None, None
+
+
+def _nll_and_gradient(logits: Tensor, targets: Tensor, loss: CrossEntropy) -> tuple[Tensor, Tensor]:
+    """``token_nll_sum`` and its gradient by ``logits`` (N, V), whose memory it may reuse; rows without a target are
+    not blanked in the gradient."""
+    n_classes, smoothing = logits.shape[1], loss.label_smoothing
+    counts = targets != IGNORE_INDEX
+    places = targets.masked_fill(~counts, 0)[:, None]
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    log_p_target = log_p.gather(1, places)
+    nll = -(1 - smoothing) * log_p_target[:, 0]
+    if smoothing:
+        nll = nll - smoothing / n_classes * log_p.sum(dim=-1)
+    log_z = logits.gather(1, places).float() - log_p_target if loss.z_loss else None
+    d_logits = log_p.exp_()  # the softmax
+    if log_z is not None:
+        nll = nll + loss.z_loss * log_z[:, 0].square()
+        d_logits.mul_(1 + 2 * loss.z_loss * log_z)
+    if smoothing:
+        d_logits.sub_(smoothing / n_classes)
+    d_logits.scatter_add_(1, places, torch.full_like(log_p_target, smoothing - 1))
+    if logits.dtype != d_logits.dtype:
+        d_logits = logits.copy_(d_logits)
+    return nll.masked_fill(~counts, 0.0).sum(), d_logits

@@ -250,7 +250,10 @@ def _describe(folder: RunFolder, experiment: Experiment, worker: WorkerEnv) -> N
         global_batch_size=experiment.run.loader.global_batch_size,
         n_train_samples=info.n_train_samples,
         device=info.device,
+        attention=(attention := experiment.attention()),
     )
+    if attention is not None:
+        log.info("attention: %s", attention)
 
 
 def _fit(experiment: Experiment, recorder: Recorder, team: Team | None) -> signal.Signals | None:

@@ -230,6 +230,7 @@ RULES: dict[str, Rule] = {
     "dataset.allow": ListOf(Text()),
     "loss.label_smoothing": SHARE,
     "loss.z_loss": Number(low=0),
+    "loss.chunk_tokens": COUNT,
     "optimizer.lr": Number(low=0, open_low=True, example=2e-5),
     "optimizer.betas": ListOf(Number(name="beta", low=0, below=1, example=0.9), length=2, example=[0.9, 0.95]),
     "optimizer.eps": AnyOf((_EPS, ListOf(_EPS, length=2))),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,20 +74,16 @@ class Batch:
         return sum(self.lengths)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``; on CUDA the copy overlaps with work already queued there."""
-        device = torch.device(device)
+        """The same batch on ``device``; from pinned memory the copy overlaps with work already queued there."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def moved(tensor: Tensor) -> Tensor:
-            # Only a copy from pinned memory is asynchronous.
-            source = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
-            return source.to(device, non_blocking=True)
+    def pinned(self) -> Batch:
+        """The same batch in memory that the operating system leaves in place, where a GPU can fetch it by itself."""
+        return self._each(Tensor.pin_memory)
 
-        return replace(
-            self,
-            tokens=moved(self.tokens),
-            targets=moved(self.targets),
-            doc_ids=None if self.doc_ids is None else moved(self.doc_ids),
-        )
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        doc_ids = None if self.doc_ids is None else move(self.doc_ids)
+        return replace(self, tokens=move(self.tokens), targets=move(self.targets), doc_ids=doc_ids)
 
     @classmethod
     def empty(cls, pad_id: int) -> Batch:

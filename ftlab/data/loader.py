@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Protocol
 
@@ -62,6 +63,11 @@ class BatchLoader:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_id = pad_id
         self.grouped = grouped
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows are read as they are needed."""
+        return isinstance(self.dataset, Stream)
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -151,3 +157,12 @@ def _samples(block: list[tuple[SampleSource, int]]) -> Iterator[Sample]:
     for source, i in block:
         row = source.sample(i)
         yield from row.samples if isinstance(row, Pack) else [row]
+
+
+def ahead(steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    """The same steps, each made by a thread while the caller is at the one before."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        coming = thread.submit(next, steps, None)
+        while (step := coming.result()) is not None:
+            coming = thread.submit(next, steps, None)
+            yield step

@@ -169,6 +169,7 @@ class HFTransformer(nn.Module):
         loss: Any = None,
         *,
         doc_ids: Tensor | None = None,
+        n_targets: int | None = None,  # noqa: ARG002 -- every model's signature
         cache: TokenCache | None = None,
     ) -> Tensor:
         """As ``Transformer.forward``, but without packed rows; transformers makes the logits, capped and

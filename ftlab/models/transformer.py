@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ftlab import IGNORE_INDEX
 from ftlab.errors import ConfigError
 from ftlab.models import hf_layout
 from ftlab.models.attention import Causal, Documents
@@ -78,6 +79,7 @@ class Transformer(nn.Module):
         loss: Loss | None = None,
         *,
         doc_ids: Tensor | None = None,
+        n_targets: int | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits, or the loss when one is given.
@@ -88,9 +90,11 @@ class Transformer(nn.Module):
         Args:
             tokens: (B, T) int64.
             targets: (B, T) int64, already shifted; needed with ``loss`` only.
-            loss: called with hidden (B*T, dim), head weight (V, dim), targets (B*T,).
+            loss: called with hidden (N, dim), head weight (V, dim), targets (N,).
             doc_ids: (B, T) int, for rows packed with documents: tokens see only those with the same id around
                 them, and positions begin at 0 in every document.
+            n_targets: how many of the targets count, where the host knows: only they are then taken to the head,
+                N = n_targets, without asking the device; None: N = B*T.
             cache: keys and values of earlier positions; T more are appended.
 
         Returns:
@@ -116,13 +120,16 @@ class Transformer(nn.Module):
             rotation = self.rotary(attend.positions)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotation, attend) if cache is None else block(x, rotation, attend, cache.layers[i])
-        hidden = self.norm(x)
+            x = block(x, rotation, attend, cache=None if cache is None else cache.layers[i])
         head_weight = self.embedding.weight if self.head is None else self.head.weight
         if loss is None:
-            return F.linear(hidden, head_weight)
+            return F.linear(self.norm(x), head_weight)
         assert targets is not None, "a loss needs targets"
-        return loss(hidden.flatten(0, 1), head_weight, targets.flatten())
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if n_targets is not None and n_targets < len(targets):
+            places = torch.nonzero_static(targets != IGNORE_INDEX, size=n_targets)[:, 0]
+            x, targets = x.index_select(0, places), targets.index_select(0, places)
+        return loss(self.norm(x), head_weight, targets)
 
     def new_cache(self, capacity: int) -> KVCache:
         """For ``forward``: room for the keys and values of so many positions."""

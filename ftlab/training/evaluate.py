@@ -108,7 +108,7 @@ class Evaluator:
         for micro_batches in islice(loader.steps(0), self.config.max_batches):
             for batch in micro_batches:
                 batch = batch.to(parallel.device)
-                nll: Tensor = model(batch.tokens, batch.targets, self.loss)
+                nll: Tensor = model(batch.tokens, batch.targets, self.loss, n_targets=batch.n_targets)
                 total[0] += nll
                 total[1] += batch.n_targets
         nll_sum, n_targets = parallel.sum(total).tolist()

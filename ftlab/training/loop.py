@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ftlab.data.batch import Batch
-from ftlab.data.loader import BatchLoader
+from ftlab.data.loader import BatchLoader, ahead
 from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError
@@ -19,7 +19,7 @@ from ftlab.storage.checkpoints import less_is_better
 from ftlab.training.checkpoint import Checkpointer
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.ledger import Ledger
-from ftlab.training.metrics import PhaseClock, peak_memory_gib
+from ftlab.training.metrics import PhaseClock, frozen_garbage, peak_memory_gib
 from ftlab.training.observers import Observer
 from ftlab.training.state import TrainState
 from ftlab.training.update import Update, averaged, make_update
@@ -134,13 +134,14 @@ class Run:
     checkpointer: Checkpointer | None = None
     ledger: Ledger | None = None
     observers: list[Observer] = field(default_factory=list)
-    clock: PhaseClock = field(default_factory=PhaseClock)
+    clock: PhaseClock = field(init=False)
     update: Update = field(init=False)
     wishes: Wishes = field(init=False)
 
     def __post_init__(self) -> None:
         self.update = make_update(self)
         self.wishes = Wishes(self.parallel.device)
+        self.clock = PhaseClock(self.parallel.device)
 
     @property
     def total_steps(self) -> int:
@@ -196,6 +197,7 @@ class StepMetrics:
 def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
     """One optimizer step: the gradient of the mean loss per target token over all micro-batches and ranks."""
     state, parallel = run.state, run.parallel
+    run.clock.enter("other")
     counts, wishes = parallel.sum(count(micro_batches, run.wishes, parallel.device)).split((3, N_WISHES))
     n_targets = counts[0]
     nll = torch.zeros((), device=parallel.device)
@@ -204,9 +206,9 @@ def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
         parallel.sync_gradients(state.model, enabled=i == len(micro_batches) - 1)
         batch = batch.to(parallel.device)
         with run.precision.autocast(parallel.device):
-            nll_sum = state.model(
-                batch.tokens, batch.targets, run.loss, doc_ids=batch.doc_ids
-            )  # the head's weight is touched only in here
+            nll_sum = state.model(  # the head's weight is touched only in here
+                batch.tokens, batch.targets, run.loss, doc_ids=batch.doc_ids, n_targets=batch.n_targets
+            )
         run.clock.enter("backward")
         # Data parallelism averages gradients over ranks; times dp_size makes it the sum that is divided once, globally.
         run.update.backward(nll_sum * (parallel.dp_size / n_targets))
@@ -241,7 +243,7 @@ def fit(run: Run) -> signal.Signals | None:
     """
     progress = run.state.progress
     window = LogWindow(run)
-    with run.wishes.listening():
+    with run.wishes.listening(), frozen_garbage() as freeze_garbage:
         prove_if_due(run)  # an epoch that ended right before a kill
         validation = evaluate_if_due(run)
         if run.checkpointer is not None:
@@ -253,6 +255,8 @@ def fit(run: Run) -> signal.Signals | None:
             for observer in run.observers:
                 observer.before(progress.step + 1, logged=run.logs(progress.step + 1))
             metrics = train_step(run, micro_batches)
+            run.clock.enter("other")
+            freeze_garbage()
             progress.step += 1
             progress.epoch_step += 1
             for observer in run.observers:
@@ -322,8 +326,13 @@ def prove_if_due(run: Run) -> None:
 def remaining_steps(run: Run) -> Iterator[list[Batch]]:
     """The micro-batches of every step still to do, epoch after epoch."""
     progress, total = run.state.progress, run.total_steps
+    on_gpu = run.parallel.device.type == "cuda"
     while progress.step < total:
         steps = run.loader.steps(progress.epoch, start_step=progress.epoch_step)
+        if on_gpu:  # a CPU has nobody to prepare batches meanwhile: the cores are at work on the step
+            pinned = ([batch.pinned() for batch in step] for step in steps)
+            # A stream reads ahead by itself, and tells where it is by what was taken from it.
+            steps = pinned if run.loader.streams else ahead(pinned)
         while not run.ends_epoch and progress.step < total and (micro_batches := next(steps, None)) is not None:
             yield micro_batches
         if run.ends_epoch:
@@ -337,12 +346,14 @@ class LogWindow:
         self._run = run
         self._counts = torch.zeros(3, dtype=torch.int64, device=run.parallel.device)
         self._settled = [0, 0, 0]  # the part of them that progress knows
-        self._flops = 0.0
+        self._flops, self._positions, self._own_tokens = 0.0, 0, 0
 
     def add(self, micro_batches: list[Batch], metrics: StepMetrics) -> None:
         """Count one step."""
         self._counts = self._counts + metrics.counts
         self._flops += self._run.step_flops([n for batch in micro_batches for n in batch.lengths])
+        self._positions += sum(batch.tokens.numel() for batch in micro_batches)
+        self._own_tokens += sum(batch.n_tokens for batch in micro_batches)
 
     def settle(self) -> None:
         """Bring the run's counts up to the step just done.
@@ -363,7 +374,7 @@ class LogWindow:
         """The line to log for the step just done: its loss, and speed over the whole window."""
         run, progress = self._run, self._run.state.progress
         self.settle()
-        _, tokens, _ = self._settled
+        target_tokens, tokens, _ = self._settled
         seconds = run.clock.take()
         busy = sum(s for phase, s in seconds.items() if phase not in ("eval", "save"))
         progress.train_s += busy
@@ -374,13 +385,19 @@ class LogWindow:
             "train/lr": metrics.lr,
             "train/grad_norm": metrics.grad_norm.item(),
             "perf/tokens_per_s": tokens / busy,
+            "perf/target_tokens_per_s": target_tokens / busy,
+            "perf/padding_frac": 1 - self._own_tokens / self._positions,
             "perf/mfu": self._flops / busy / run.peak_flops,
             "perf/data_wait_frac": seconds.get("data", 0.0) / busy,
+            "perf/forward_frac": seconds.get("forward", 0.0) / busy,
+            "perf/backward_frac": seconds.get("backward", 0.0) / busy,
+            "perf/optimizer_frac": seconds.get("optimizer", 0.0) / busy,
             "memory/peak_gib": peak_memory_gib(run.parallel.device),
         }
         if progress.skipped_steps:
             line["train/skipped_steps"] = progress.skipped_steps
         for observer in run.observers:
             line |= observer.measured(run.parallel)
-        self._counts, self._settled, self._flops = torch.zeros_like(self._counts), [0, 0, 0], 0.0
+        self._counts, self._settled = torch.zeros_like(self._counts), [0, 0, 0]
+        self._flops, self._positions, self._own_tokens = 0.0, 0, 0
         return line

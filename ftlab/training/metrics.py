@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -14,36 +18,67 @@ GIB = 2**30
 
 
 class PhaseClock:
-    """Splits wall-clock time into named phases.
+    """Splits wall-clock time into named phases; ``enter`` ends the phase before it, so the loop stays flat.
 
-    ``enter`` ends the phase before it, so the loop stays flat. On a GPU work is
-    queued, not done, when a phase ends: the parts then say where the *host* was,
-    and only their sum over a window that ends in a synchronisation is exact.
-    ``synchronize`` makes the parts exact too, at the price of the overlap
-    (``benchmarks/step.py`` does). ``on_enter`` is told every phase as it begins.
+    On a GPU work is queued, not done, when the host enters the next phase. There the device keeps the time: an event
+    is queued with the work, and read when the time is asked for. A phase in which the device waits for the host
+    (for data) is as long as it waits. ``on_enter`` is told every phase as it begins.
+
+    Args:
+        device: where the work is done.
     """
 
-    def __init__(self, synchronize: torch.device | None = None, on_enter: Callable[[str], None] = lambda _: None):
-        self._synchronize = synchronize if synchronize is not None and synchronize.type == "cuda" else None
+    def __init__(self, device: torch.device | None = None, on_enter: Callable[[str], None] = lambda _: None):
+        self._on_gpu = device is not None and device.type == "cuda"
         self.on_enter = on_enter
         self.phase = "start"
-        self._since = time.perf_counter()
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._begun = [(self.phase, self._now())]
 
     def enter(self, phase: str) -> None:
         """Begin ``phase`` now."""
-        if self._synchronize is not None:
-            torch.cuda.synchronize(self._synchronize)
-        now = time.perf_counter()
-        self._seconds[self.phase] += now - self._since
-        self.phase, self._since = phase, now
+        self.phase = phase
+        self._begun.append((phase, self._now()))
         self.on_enter(phase)
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last ``take``; the current phase goes on."""
+        """Seconds by phase since the last ``take``; the current phase goes on. Waits for the device."""
         self.enter(self.phase)
-        seconds, self._seconds = dict(self._seconds), defaultdict(float)
-        return seconds
+        if self._on_gpu:
+            self._begun[-1][1].synchronize()
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for (phase, start), (_, end) in pairwise(self._begun):
+            seconds[phase] += start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+        self._begun = self._begun[-1:]
+        return dict(seconds)
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@contextmanager
+def frozen_garbage() -> Iterator[Callable[[], None]]:
+    """Gives a function to call after the first step: from then on Python's collector passes over all there is.
+
+    What is built until then (modules, compiled code, libraries) lives as long as the run; looking through it all again
+    takes half a second now and then, in the middle of a step. What is made later is collected as ever.
+    """
+    frozen = False
+
+    def freeze() -> None:
+        nonlocal frozen
+        if not frozen:
+            frozen = True
+            gc.freeze()
+
+    try:
+        yield freeze
+    finally:
+        if frozen:
+            gc.unfreeze()
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from ftlab.data.batch import Sample
 from ftlab.data.loader import BatchLoader
 from ftlab.distributed.env import WorkerEnv
 from ftlab.training.loop import remaining_steps, train_step
+from ftlab.training.metrics import PhaseClock
 from tests.distributed.strategies import strategy, train
 from tests.loop.conftest import Rows
 
@@ -94,3 +96,45 @@ def test_a_step_of_llama2_7b_in_bfloat16_fits_141_gb(gpu: WorkerEnv) -> None:
     peak = peak_of_a_step("model=llama2_7b", "optimizer=sgd", "precision=bf16", "seq_len=512", "trainer.batch_size=2")
     assert peak * GIB < 141e9, f"{peak:.1f} GiB"
     assert peak * GIB > 2 * 2 * 6.7e9, "weights and gradients were there"
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "chunked_cross_entropy"])
+def test_a_step_that_is_not_logged_never_makes_the_host_wait(gpu: WorkerEnv, compiled: str, loss: str) -> None:
+    config = compose_config(
+        [
+            "device=cuda",
+            "tokenizer=byte",
+            "trainer.max_steps=8",
+            "precision=bf16",
+            f"loss={loss}",
+            f"compile={compiled}",
+        ]
+    )
+    model = build(config["model"]).replace(vocab_size=101)
+    deal = partial(BatchLoader, Rows(80), shuffle=False, seed=0, pad_id=0)
+    run = assemble_run(config, model, random_weights(0), deal, None, lambda *_: None, gpu)
+    steps = remaining_steps(run)
+    for _ in range(3):  # allocations and compilations wait
+        train_step(run, next(steps))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            train_step(run, next(steps))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    run.state.guard.check()
+
+
+def test_the_device_s_clock_agrees_with_the_wall_s(gpu: WorkerEnv) -> None:
+    clock = PhaseClock(gpu.device)
+    matrix = torch.randn(4096, 4096, device=gpu.device)
+    clock.take()
+    start = time.perf_counter()
+    clock.enter("products")
+    for _ in range(200):
+        matrix @ matrix
+    clock.enter("rest")
+    seconds = clock.take()
+    assert sum(seconds.values()) == pytest.approx(time.perf_counter() - start, rel=0.1)
+    assert seconds["products"] > 0.8 * sum(seconds.values()), "queued in no time, and yet the device's time"

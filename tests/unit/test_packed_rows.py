@@ -166,3 +166,19 @@ def test_cuda_packs_without_compiling_anew_for_other_documents(window):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=5e-3)  # TF32 products
     finally:
         torch._dynamo.config.error_on_recompile = before
+
+
+@pytest.mark.parametrize(("window", "packed", "name"), [
+    (None, False, "flash"),
+    (4, False, "flash"),
+    (None, True, "flash, a call per document"),
+])  # fmt: skip
+def test_the_kernel_that_a_run_names_is_the_one_that_its_model_calls(window, packed, name):
+    model = initialised(small(family="mistral", sliding_window=window), 0)
+    cpu = torch.device("cpu")
+    assert attention.kernel_name(model.config, 16, torch.float32, cpu, packed=packed) == name
+    tokens = torch.arange(16)[None] % 61
+    with torch.profiler.profile() as profile:
+        model(tokens, doc_ids=torch.zeros_like(tokens) if packed else None)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in called

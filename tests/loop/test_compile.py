@@ -1,0 +1,106 @@
+"""Compiled blocks: the same numbers, compiled once for all lengths, whatever is recomputed, packed or generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from ftlab.data.batch import Pack
+from ftlab.distributed.single import OneRank
+from ftlab.models import attention
+from ftlab.models.attention import Documents
+from ftlab.models.compiled import compile_blocks
+from ftlab.training.generate import generate
+from ftlab.training.loop import fit
+from tests.loop.conftest import CPU, HandRun, Rows
+
+
+class Packs(Rows):
+    """Rows of 64 tokens with 1 to 6 documents in them."""
+
+    def sample(self, index: int) -> Any:
+        n = 1 + index % 6
+        documents = [super(Packs, self).sample((index + i) % len(self)) for i in range(n)]
+        lengths = np.minimum([len(d.tokens) for d in documents], 64 // n)
+        shortened = [
+            type(d)(tokens=d.tokens[:length], trained=d.trained[:length], sample_id=d.sample_id)
+            for d, length in zip(documents, lengths, strict=True)
+        ]
+        return Pack(shortened, 64)
+
+
+@pytest.fixture
+def compiled(hand_run: Callable[..., HandRun]) -> Any:
+    torch._dynamo.reset()
+    counters.clear()
+
+    def build(rows: Rows, **options: Any) -> HandRun:
+        made = hand_run(rows, **options)
+        compile_blocks(made.run.state.model, varying=not isinstance(rows, Packs))
+        return made
+
+    yield build
+    torch._dynamo.reset()
+
+
+def n_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_two_hundred_steps_of_varying_length_compile_nothing_after_the_third(hand_run, compiled):
+    options: dict[str, Any] = {"max_steps": 200, "lr": 0.3}
+    made = compiled(Rows(240), **options)
+    graphs: list[int] = []
+    made.run.log = lambda line, step: (made.lines.append(dict(line)), graphs.append(n_graphs()))
+    fit(made.run)
+    assert graphs[2] > 0
+    assert graphs[-1] == graphs[2]
+    assert not counters["graph_break"], "a block is one piece"
+    plain = hand_run(Rows(240), **options)
+    fit(plain.run)
+    assert made.losses == pytest.approx(plain.losses, rel=1e-4)
+    # Answers grow by a token at a time, and compile nothing either.
+    model = made.run.state.model
+    model.eval()
+    settings: dict[str, Any] = {"max_new_tokens": 8, "eos_id": 100, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    answers = generate(model, [[1, 2, 3], [4, 5]], **settings)
+    plain.run.state.model.eval()
+    assert answers == generate(plain.run.state.model, [[1, 2, 3], [4, 5]], **settings)
+    assert n_graphs() == graphs[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", ["none", "full", "selective"])
+def test_compiled_packed_rows_train_as_plain_ones_do(hand_run, compiled, recomputed):
+    options: dict[str, Any] = {"max_steps": 12, "lr": 0.3}
+    made = compiled(Packs(60), parallel=OneRank(CPU, activation_checkpointing=recomputed), **options)
+    plain = hand_run(Packs(60), **options)
+    fit(made.run)
+    fit(plain.run)
+    assert made.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert n_graphs() == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_the_one_operation_and_its_gradients_are_those_of_a_call_per_document(window, n_kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4, [0] * 16])
+    documents = Documents(ids, window)
+    shapes = ((2, 16, heads, 8) for heads in (4, n_kv_heads, n_kv_heads))
+    inputs = [torch.randn(*s, generator=generator).transpose(1, 2).requires_grad_() for s in shapes]
+    d_answer = torch.randn(2, 16, 4, 8, generator=generator).transpose(1, 2)
+    plain = documents(*inputs)
+    opaque, _ = attention._attend_opaquely(*inputs, documents._begins, window)
+    torch.testing.assert_close(opaque, plain)
+    for one, other in zip(
+        torch.autograd.grad(opaque, inputs, d_answer), torch.autograd.grad(plain, inputs, d_answer), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    torch.library.opcheck(attention._attend_opaquely, (*inputs, documents._begins, window))
