@@ -19,6 +19,7 @@ from ftlab.data.cache import cache_folder
 from ftlab.data.loader import BatchLoader
 from ftlab.data.stream import Stream
 from ftlab.data.tokenizers import Tokenizer
+from ftlab.distributed.activation import require_a_gpu
 from ftlab.distributed.base import Parallelism, Strategy
 from ftlab.distributed.env import WorkerEnv, describe_device, keep_freed_memory, peak_flops
 from ftlab.distributed.launch import (
@@ -155,6 +156,8 @@ def assemble(
         opened: a checkpoint to begin with, instead of the model's own weights.
         goes_on: all of it is restored; else its weights, and with ``init_optimizer`` the optimizer's state.
     """
+    build(config["precision"]).require(worker.device)
+    require_a_gpu(config["parallelism"]["activation_checkpointing"], worker.device)
     model_config, pretrained = find_model(build(config["model"]), fetch=opened is None)
     if config["seq_len"] > model_config.max_seq_len:
         problem = f"{config['seq_len']} is more than the {model_config.max_seq_len} tokens that the model reads"
@@ -416,6 +419,7 @@ def build_model(config: AnyModelConfig, fill: Fill, precision: Precision, parall
     """
     with torch.device("meta"):
         model = config.build().to(precision.weights)
+    precision.prepare(model)
     parallel.place(model)
     fill(model)
     return model

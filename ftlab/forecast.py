@@ -202,8 +202,10 @@ def changes(config: Config, setting: Setting) -> Iterator[Change]:
     Recomputation costs time; smaller micro-batches cost some of it too; more GPUs cost money; offload costs much time;
     16-bit weights and a simpler optimizer change the result.
     """
-    modes = ["none", "selective", "full"]
+    modes = ["none", "selective", "full", "offload"]
     more_recomputed = modes[modes.index(config["parallelism"]["activation_checkpointing"]) + 1 :]
+    if not setting.on_cuda and "offload" in more_recomputed:
+        more_recomputed.remove("offload")  # there is nowhere to move to
     sizes = list(_smaller_batches(config["trainer"], setting.n_ranks))
     for mode in more_recomputed:
         recomputed = _with(config, parallelism={"activation_checkpointing": mode})

@@ -241,7 +241,7 @@ RULES: dict[str, Rule] = {
     "scheduler.min_lr_ratio": Number(name="ratio", low=0, at_most=1),
     "precision.param_dtype": DTYPE,
     "precision.compute_dtype": DTYPE,
-    "parallelism.activation_checkpointing": OneOf(("none", "full", "selective")),
+    "parallelism.activation_checkpointing": OneOf(("none", "full", "selective", "offload")),
     "parallelism.nproc_per_node": OPTIONAL_COUNT,
     "parallelism.nnodes": COUNT,
     "parallelism.rdzv_endpoint": Text(optional=True, example="HOST:29400"),

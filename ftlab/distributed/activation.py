@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from ftlab.errors import ConfigError
 
 _aten = torch.ops.aten
 _MATMUL = _aten.mm.default
@@ -39,7 +43,8 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
 
     Args:
         mode: ``none`` keeps everything, ``full`` keeps the input of the block only, ``selective`` also
-            the output of attention and of every second matrix product.
+            the output of attention and of every second matrix product; ``offload`` is ``full`` with the inputs
+            kept in the host's memory.
     """
     if mode == "none":
         return
@@ -48,6 +53,58 @@ def checkpoint_activations(model: nn.Module, mode: str) -> None:
         options["context_fn"] = _selective_contexts
     for block in model.get_submodule("blocks").children():
         block.forward = partial(checkpoint, block.forward, **options)
+        if mode == "offload":
+            block.forward = partial(_keeping_on_host, block.forward)
+
+
+def require_a_gpu(mode: str, device: torch.device) -> None:
+    """Refuse ``offload`` where there is nowhere to move activations to.
+
+    Raises:
+        ConfigError: on a CPU.
+    """
+    if mode == "offload" and device.type == "cpu":
+        problem = "offload, but on a CPU activations are in the host's memory already"
+        raise ConfigError("parallelism.activation_checkpointing", problem, "parallelism.activation_checkpointing=full")
+
+
+def _keeping_on_host(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(_to_host, _to_device):
+        return forward(*arguments)
+
+
+# What is saved, where it is now, where it belongs; None is nowhere: a rehearsal counts the device's memory only.
+_Kept = tuple[torch.Size, torch.dtype, torch.device, Tensor | None]
+
+
+def _to_host(tensor: Tensor) -> _Kept:
+    """Copy ``tensor`` while the device goes on computing: a copy on a stream of its own, into pinned memory."""
+    about = tensor.shape, tensor.dtype, tensor.device
+    if isinstance(tensor, FakeTensor):
+        return *about, None
+    if not tensor.is_cuda:
+        return *about, tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    stream = _copies(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        host.copy_(tensor, non_blocking=True)
+    tensor.record_stream(stream)  # its memory is used again only once it has been copied
+    return *about, host
+
+
+def _to_device(kept: _Kept) -> Tensor:
+    shape, dtype, device, host = kept
+    if host is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_copies(device))
+    return host.to(device, non_blocking=True)
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

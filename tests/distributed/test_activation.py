@@ -10,9 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftlab.assembly import build_model, random_weights
+from ftlab.config.build import build
+from ftlab.config.check import compose_config
+from ftlab.distributed.activation import require_a_gpu
 from ftlab.distributed.single import OneRank
+from ftlab.errors import ConfigError
+from ftlab.forecast import Setting, forecast
 from ftlab.losses import CrossEntropy
-from tests.loop.conftest import CPU, MODEL, precision_of
+from ftlab.training.loop import fit
+from tests.loop.conftest import CPU, MODEL, Rows, build_hand_run, precision_of
 
 LOSS = CrossEntropy(label_smoothing=0.0, z_loss=0.0)
 TOKENS = torch.arange(40).view(2, 20)
@@ -82,3 +88,33 @@ def test_nothing_is_recomputed_where_there_is_no_backward() -> None:
     model = model_with("selective")
     with torch.no_grad():
         assert torch.equal(model(TOKENS), model_with("none")(TOKENS))
+
+
+def test_offloaded_inputs_come_back_with_the_same_bits() -> None:
+    ends = []
+    for mode in ("full", "offload"):
+        trial = build_hand_run(
+            Rows(12), parallel=OneRank(CPU, activation_checkpointing=mode), batch_size=4, max_steps=3
+        )
+        fit(trial.run)
+        ends.append((trial.losses, [p.detach() for p in trial.run.state.model.parameters()]))
+    (full, weights), (offloaded, others) = ends
+    assert full == offloaded
+    assert all(map(torch.equal, weights, others))
+
+
+def test_an_offload_that_moves_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="in the host's memory already"):
+        require_a_gpu("offload", CPU)
+
+
+def test_offloaded_inputs_take_nothing_of_the_device() -> None:
+    peaks = {}
+    for mode in ("full", "offload"):
+        sizes = ["model.dim=64", "model.n_layers=16", "trainer.batch_size=32", "optimizer=sgd"]
+        config = compose_config([*sizes, f"parallelism.activation_checkpointing={mode}"])
+        setting = Setting(longest=256, longest_validation=None, n_ranks=1, n_local_ranks=1, on_cuda=True)
+        found = forecast(config, build(config["model"]).replace(vocab_size=64), setting)
+        peaks[mode] = found.phases["first forward and backward"]
+    inputs = 15 * 32 * 256 * 64 * 4
+    assert peaks["full"] - peaks["offload"] > 0.9 * inputs
