@@ -117,4 +117,4 @@ def test_offloaded_inputs_take_nothing_of_the_device() -> None:
         found = forecast(config, build(config["model"]).replace(vocab_size=64), setting)
         peaks[mode] = found.phases["first forward and backward"]
     inputs = 15 * 32 * 256 * 64 * 4
-    assert peaks["full"] - peaks["offload"] > 0.9 * inputs
+    assert peaks["full"] - peaks["offload"] > 0.75 * inputs  # less what is on its way back
