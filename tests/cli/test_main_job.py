@@ -27,7 +27,8 @@ def options(group: str) -> list[str]:
 
 @pytest.mark.parametrize("option", options("optimizer"))
 def test_every_optimizer_lowers_the_loss_on_the_toy_task(option, tiny_run):
-    losses = tiny_run(f"optimizer={option}", "trainer.max_steps=20", "evaluation.at_start=false").losses
+    schedule = ["scheduler=constant"] if option == "schedule_free" else []
+    losses = tiny_run(f"optimizer={option}", "trainer.max_steps=20", "evaluation.at_start=false", *schedule).losses
     assert losses[-1] < 0.9 * losses[0], f"optimizer={option}: {losses[0]:.3f} -> {losses[-1]:.3f}"
 
 
@@ -115,7 +116,7 @@ def test_ftlab_generate_answers_from_the_folder_alone(tiny_run, capsys):
 
 
 def test_ftlab_generate_says_what_is_wrong_with_a_folder(tmp_path, capsys):
-    assert ftlab(["generate", str(tmp_path), "hello"]) == 2
+    assert "is no run's folder" in capsys.readouterr().err
     assert "has no config.yaml" in capsys.readouterr().err
 
 

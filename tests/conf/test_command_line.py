@@ -117,7 +117,7 @@ def test_no_secret_stays_in_the_files_that_hydra_writes(script: Script, tmp_path
     assert script("-m", secret, "seed=1,2", f"paths.output_dir={tmp_path / 'b'}") == 0
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {"config.yaml", "hydra.yaml", "overrides.yaml", "multirun.yaml"} <= {file.name for file in files}
-    assert [file for file in files if "hunter22" in file.read_text()] == []
+    assert [file for file in files if b"hunter22" in file.read_bytes()] == []
 
 
 def test_a_sweep_runs_every_job_in_its_own_process_and_folder(script: Script) -> None:

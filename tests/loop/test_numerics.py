@@ -101,8 +101,9 @@ def test_clipping_scales_the_update_to_the_given_norm(hand_run):
 def test_weight_decay_touches_matrices_only(hand_run):
     trial = hand_run(Rows(4), lr=0.0, max_steps=1)
     model = trial.run.state.model
-    matrices, gains = trial.run.state.optimizer.param_groups
-    assert all(p.ndim == 2 for p in matrices["params"])
+    *matrices, gains = trial.run.state.optimizer.param_groups
+    assert all(p.ndim == 2 for group in matrices for p in group["params"])
+    assert all(group["weight_decay"] > 0 for group in matrices)
     assert all(p.ndim == 1 for p in gains["params"])
     assert gains["weight_decay"] == 0
-    assert len(matrices["params"]) + len(gains["params"]) == len(list(model.parameters()))
+    assert sum(len(group["params"]) for group in [*matrices, gains]) == len(list(model.parameters()))
