@@ -26,6 +26,8 @@ class Keys:
 
     def __init__(self, layers: Iterable[Layer], option_files: Mapping[str, Sequence[Path]]):
         self._option_files = option_files
+        layers = list(layers)
+        self._chosen = {group: option for group, slash, option in (x.name.partition("/") for x in layers) if slash}
         self.defaults = {key: s.value for layer in layers if layer.defines for key, s in layer.settings.items()}
         self.parents = {key[:i] for key in self.defaults for i, char in enumerate(key) if char == "."}
 
@@ -47,7 +49,7 @@ class Keys:
             # Of several options (logger), each has a key of its own, which says what is meant.
             if len(options) > 1 and group not in picked and rest.partition(".")[0] not in options:
                 problem = f"is set, but which {group} it is for is not said ({setting.where})"
-                yield ConfigError(key, problem, f"in its defaults:  - override /{group}: {options[0]}")
+                yield ConfigError(key, problem, f"in its defaults:  - override /{group}: {self._chosen.get(group, options[0])}")
 
     def check_override(self, given: Override) -> Iterator[ConfigError]:
         """So must the keys that the command line changes, with ``+`` and ``++`` too."""

@@ -131,8 +131,8 @@ class Rank:
             assert os.path.realpath(path or "") in self._flushed, f"{operation} {path} was told, but not done"
             self._flushed.discard(os.path.realpath(path or ""))
         below = "" if path is None else os.path.relpath(path, self.root)
-        if below.startswith(".."):  # the cache of tokenised rows, which is there or not
-            return
+        if below.startswith("..") and set(Path(below).parts) != {".."}:
+            return  # the cache of tokenised rows, which is there or not; folders above the run's are its own affair
         with self._lock:
             event = Event(self._number, self.worker.rank, operation, below, self.step)
             self._number += 1
