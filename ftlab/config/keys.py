@@ -49,7 +49,8 @@ class Keys:
             # Of several options (logger), each has a key of its own, which says what is meant.
             if len(options) > 1 and group not in picked and rest.partition(".")[0] not in options:
                 problem = f"is set, but which {group} it is for is not said ({setting.where})"
-                yield ConfigError(key, problem, f"in its defaults:  - override /{group}: {self._chosen.get(group, options[0])}")
+                option = self._chosen.get(group, options[0])
+                yield ConfigError(key, problem, f"in its defaults:  - override /{group}: {option}")
 
     def check_override(self, given: Override) -> Iterator[ConfigError]:
         """So must the keys that the command line changes, with ``+`` and ``++`` too."""
