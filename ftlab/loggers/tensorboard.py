@@ -18,8 +18,8 @@ _FLUSH_S = 5  # how old what a watcher sees may be
 class TensorBoardLogger:
     """Scalars by step, answers as text, the configuration, and the plots at the end.
 
-    A run that goes on writes a further file, which asks readers to hide what the earlier ones hold of steps it takes
-    again; not every reader does.
+    A run that goes on writes a further file, which has readers drop what the earlier ones hold of steps that it takes
+    again.
     """
 
     def __init__(self) -> None:
@@ -32,8 +32,8 @@ class TensorBoardLogger:
         self._writer: Any = None
 
     def start(self, info: RunInfo) -> None:
-        purge = {"purge_step": info.first_step + 1} if info.first_step else {}
-        self._writer = self._open(str(info.folder / "tensorboard"), flush_secs=_FLUSH_S, **purge)
+        # A new run says so, too: readers take a second such mark for a restart, never the first.
+        self._writer = self._open(str(info.folder / "tensorboard"), flush_secs=_FLUSH_S, purge_step=info.first_step + 1)
         if not info.first_step:
             self._writer.add_text("config", _as_code(to_yaml(info.config)), 0)
 

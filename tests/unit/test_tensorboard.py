@@ -42,7 +42,6 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(e.step, value(e.tensor_proto).item()) for e in reader.Tensors(name)] for name in names}
 
 
-@pytest.mark.xfail(reason="its reader still shows the steps that a resumed run takes again")
 def test_it_holds_the_metrics_of_metrics_jsonl_under_their_names_also_after_a_resume(tmp_path: Path) -> None:
     session(tmp_path, range(1, 13))
     # Killed after step 12, resumed from step 8: what was logged later is taken out of metrics.jsonl by the session.
