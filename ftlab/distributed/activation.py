@@ -68,9 +68,9 @@ def require_a_gpu(mode: str, device: torch.device) -> None:
         raise ConfigError("parallelism.activation_checkpointing", problem, "parallelism.activation_checkpointing=full")
 
 
-def _keeping_on_host(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _keeping_on_host(forward: Callable[..., Tensor], *arguments: Any, **named: Any) -> Tensor:
     with torch.autograd.graph.saved_tensors_hooks(_to_host, _to_device):
-        return forward(*arguments)
+        return forward(*arguments, **named)
 
 
 # What is saved, where it is now, where it belongs; None is nowhere: a rehearsal counts the device's memory only.

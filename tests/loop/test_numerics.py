@@ -103,7 +103,6 @@ def test_weight_decay_touches_matrices_only(hand_run):
     model = trial.run.state.model
     *matrices, gains = trial.run.state.optimizer.param_groups
     assert all(p.ndim == 2 for group in matrices for p in group["params"])
-    assert all(group["weight_decay"] > 0 for group in matrices)
     assert all(p.ndim == 1 for p in gains["params"])
     assert gains["weight_decay"] == 0
     assert sum(len(group["params"]) for group in [*matrices, gains]) == len(list(model.parameters()))
