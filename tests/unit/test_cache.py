@@ -1,11 +1,8 @@
 """The cache: made once, found by content, whole or not there, whoever starts or dies when."""
 
 import json
-import multiprocessing
 import os
-import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +16,6 @@ from ftlab.data.templates import AlpacaTemplate, PlainTemplate
 from ftlab.data.tokenise import Recipe, tokenise
 from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from ftlab.errors import ConfigError
-from ftlab.storage import disk
-
-fork = multiprocessing.get_context("fork")  # quick: these processes only read, hash and write
 
 
 def options(folder, **changes):
@@ -113,59 +107,6 @@ def test_a_large_files_hash_is_remembered_until_the_file_changes(tmp_path, monke
     monkeypatch.undo()
     file.write_bytes(b"y" * (1 << 25))
     assert file_digest(file, tmp_path / "cache") != digest
-
-
-def build(folder, results, i):
-    data = Dataset(**options(Path(folder)))
-    results[i] = data.fingerprint
-
-
-@pytest.mark.parametrize("attempt", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))])
-def test_eight_processes_that_start_at_once_make_one_cache(rows, attempt):
-    with fork.Manager() as manager:
-        results = manager.dict()
-        processes = [fork.Process(target=build, args=(str(rows), results, i)) for i in range(8)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0] * 8
-        assert len(set(results.values())) == 1
-        assert len(results) == 8
-    assert (len(entries(rows, "rows")), len(entries(rows, "packs"))) == (1, 1)
-
-
-def build_until(nth, values):
-    """Build, and die at the ``nth`` thing that is done: rows written to an array, a file or folder flushed."""
-    seen = iter(range(nth + 1))
-
-    def count(*_):
-        if next(seen) == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    add = StoreWriter.add
-
-    def add_and_count(writer, **arrays):
-        count()
-        add(writer, **arrays)
-        count()
-
-    StoreWriter.add, disk.observer = add_and_count, count
-    Dataset(**values)
-
-
-@pytest.mark.parametrize("n_trials", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_process_killed_while_it_builds_leaves_nothing_that_passes_for_whole(rows, n_trials):
-    wanted = Dataset(**options(rows, cache_dir=rows / "elsewhere")).fingerprint
-    for nth in np.linspace(0, 19, n_trials).round().astype(int).tolist():  # rows: 2 + 15 flushes, packs: 4
-        folder = rows / f"cache{nth}"
-        process = fork.Process(target=build_until, args=(nth, options(rows, cache_dir=folder)))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, f"it was done before event {nth}"
-        assert Dataset(**options(rows, cache_dir=folder)).fingerprint == wanted
-        left = [path for kind in ("rows", "packs") for path in (folder / kind).iterdir() if path.is_dir()]
-        assert len(left) == 2, "what was left aside is cleared away"
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete"])
