@@ -18,22 +18,35 @@ from ftlab import IGNORE_INDEX
 
 
 class Loss(Protocol):
-    """Called by the model: ``loss(hidden, head_weight, targets)``; by one that caps or scales logits ``of_logits``."""
+    """Called by the model: ``loss(hidden, head_weight, targets)``; by one that caps or scales logits ``of_logits``.
 
-    def __call__(self, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor: ...
+    ``weights`` (N,) float32 are what each target's loss is multiplied with; None: 1.
+    """
 
-    def of_logits(self, logits: Tensor, targets: Tensor) -> Tensor: ...
+    def __call__(
+        self, hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor | None = None
+    ) -> Tensor: ...
+
+    def of_logits(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor: ...
 
 
-def token_nll_sum(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+def token_nll_sum(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
     """Sum of next-token negative log-likelihoods, in nats.
 
     A sum, not a mean: micro-batches hold different numbers of target tokens, so
-    only the caller, who knows the global count, can divide without bias.
+    only the caller, who knows the global count (or weight), can divide without bias.
 
     Args:
         logits: (N, V), any float dtype; the softmax runs in float32.
         targets: (N,) int64, already shifted; ``IGNORE_INDEX`` positions add nothing.
+        weights: (N,) float32, of each target's whole loss; None: 1.
         label_smoothing: share of the target's probability spread evenly over the vocabulary.
         z_loss: weight of ``logsumexp(logits)²``, which keeps the softmax's normaliser near 1 (PaLM, arXiv:2204.02311).
 
@@ -41,12 +54,15 @@ def token_nll_sum(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
         Scalar float32; exactly 0.0 when every position is ignored.
     """
     logits = logits.float()
+    reduction = "sum" if weights is None else "none"
     total = F.cross_entropy(
-        logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing
+        logits, targets, ignore_index=IGNORE_INDEX, reduction=reduction, label_smoothing=label_smoothing
     )
+    if weights is not None:
+        total = (total * weights).sum()
     if z_loss:
-        log_z = logits.logsumexp(dim=-1)
-        total = total + z_loss * log_z.square().masked_fill(targets == IGNORE_INDEX, 0.0).sum()
+        squares = logits.logsumexp(dim=-1).square().masked_fill(targets == IGNORE_INDEX, 0.0)
+        total = total + z_loss * (squares if weights is None else squares * weights).sum()
     return total
 
 
@@ -57,13 +73,13 @@ class CrossEntropy:
     label_smoothing: float
     z_loss: float
 
-    def __call__(self, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Summed loss of ``targets`` (N,) under ``hidden`` (N, D) @ ``head_weight`` (V, D)ᵀ."""
-        return self.of_logits(F.linear(hidden, head_weight), targets)
+        return self.of_logits(F.linear(hidden, head_weight), targets, weights)
 
-    def of_logits(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def of_logits(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Summed loss of ``targets`` (N,) under ``logits`` (N, V)."""
-        return token_nll_sum(logits, targets, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+        return token_nll_sum(logits, targets, weights, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +95,15 @@ class ChunkedCrossEntropy(CrossEntropy):
 
     chunk_tokens: int
 
-    def __call__(self, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
-            total: Tensor = _ChunkedNLL.apply(hidden, head_weight, targets, self)
+            total: Tensor = _ChunkedNLL.apply(hidden, head_weight, targets, weights, self)
             return total
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for some_hidden, some_targets in zip(
-            hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True
-        ):
-            total = total + super().__call__(some_hidden, head_weight, some_targets)
+        for start in range(0, len(hidden), self.chunk_tokens):
+            chunk = slice(start, start + self.chunk_tokens)
+            some_weights = None if weights is None else weights[chunk]
+            total = total + super().__call__(hidden[chunk], head_weight, targets[chunk], some_weights)
         return total
 
 
@@ -99,7 +115,14 @@ class _ChunkedNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, loss: ChunkedCrossEntropy) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        loss: ChunkedCrossEntropy,
+    ) -> Tensor:
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head_weight.dtype
         weight = head_weight.to(compute)
@@ -109,7 +132,8 @@ class _ChunkedNLL(torch.autograd.Function):
         for start in range(0, len(hidden), loss.chunk_tokens):
             chunk = slice(start, start + loss.chunk_tokens)
             x = hidden[chunk].to(compute)
-            nll, d_logits = _nll_and_gradient(F.linear(x, weight), targets[chunk], loss)
+            some_weights = None if weights is None else weights[chunk]
+            nll, d_logits = _nll_and_gradient(F.linear(x, weight), targets[chunk], some_weights, loss)
             total += nll
             counts = (targets[chunk] != IGNORE_INDEX)[:, None]
             d_hidden[chunk] = (d_logits @ weight).masked_fill_(~counts, 0.0)
@@ -122,13 +146,15 @@ class _ChunkedNLL(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *d_total: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *d_total: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         # In place, for they are as large as the head: a second backward has nothing to work on.
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
-        return d_hidden.mul_(d_total[0]), d_weight.mul_(d_total[0]), None, None
+        return d_hidden.mul_(d_total[0]), d_weight.mul_(d_total[0]), None, None, None
 
 
-def _nll_and_gradient(logits: Tensor, targets: Tensor, loss: CrossEntropy) -> tuple[Tensor, Tensor]:
+def _nll_and_gradient(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, loss: CrossEntropy
+) -> tuple[Tensor, Tensor]:
     """``token_nll_sum`` and its gradient by ``logits`` (N, V), whose memory it may reuse; rows without a target are
     not blanked in the gradient."""
     n_classes, smoothing = logits.shape[1], loss.label_smoothing
@@ -147,6 +173,9 @@ def _nll_and_gradient(logits: Tensor, targets: Tensor, loss: CrossEntropy) -> tu
     if smoothing:
         d_logits.sub_(smoothing / n_classes)
     d_logits.scatter_add_(1, places, torch.full_like(log_p_target, smoothing - 1))
+    if weights is not None:
+        nll = nll * weights
+        d_logits.mul_(weights[:, None])
     if logits.dtype != d_logits.dtype:
         d_logits = logits.copy_(d_logits)
     return nll.masked_fill(~counts, 0.0).sum(), d_logits

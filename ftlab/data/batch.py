@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ftlab import IGNORE_INDEX
+from ftlab.data.weights import ONE, total
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Sample:
     Attributes:
         tokens: (T,) whole numbers, BOS and EOS included.
         trained: (T,) bool, the tokens that the model is taught to predict. The first token never is:
-            nothing comes before it.
+            nothing comes before it. Or float32, how much each of them counts in the loss, 0 for those that are not
+            trained.
         sample_id: row number in the source, counted from 0.
     """
 
@@ -55,6 +57,8 @@ class Batch:
         sample_ids: row number in the source of each sample; empty for a batch without samples.
         lengths: real tokens of each sample, padding not counted.
         n_targets: targets that count in the loss.
+        total_weight: how much they count together, in units of 1 / ``weights.ONE``.
+        weights: (B, T) float32, how much each counts, 0 where there is no target; None where each counts 1.
         doc_ids: (B, T) int64 in packed batches: the number of each token's sample in its row, padding having one of
             its own; None where every row is one sample.
 
@@ -66,7 +70,9 @@ class Batch:
     sample_ids: list[int]
     lengths: list[int]
     n_targets: int
+    total_weight: int
     doc_ids: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -82,8 +88,8 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        doc_ids = None if self.doc_ids is None else move(self.doc_ids)
-        return replace(self, tokens=move(self.tokens), targets=move(self.targets), doc_ids=doc_ids)
+        doc_ids, weights = (None if tensor is None else move(tensor) for tensor in (self.doc_ids, self.weights))
+        return replace(self, tokens=move(self.tokens), targets=move(self.targets), doc_ids=doc_ids, weights=weights)
 
     @classmethod
     def empty(cls, pad_id: int) -> Batch:
@@ -94,6 +100,7 @@ class Batch:
             sample_ids=[],
             lengths=[],
             n_targets=0,
+            total_weight=0,
         )
 
 
@@ -110,6 +117,8 @@ def collate(rows: Sequence[Sample | Pack], pad_id: int) -> Batch:
     tokens = np.full((len(rows), width), pad_id, dtype=np.int64)
     targets = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
     doc_ids = np.zeros((len(rows), width), dtype=np.int64)
+    weighted = any(sample.trained.dtype != bool and not _is_mask(sample.trained) for s in samples_of for sample in s)
+    weights = np.zeros((len(rows), width), dtype=np.float32) if weighted else None
     for row, samples in enumerate(samples_of):
         start = 0
         for number, sample in enumerate(samples):
@@ -117,15 +126,24 @@ def collate(rows: Sequence[Sample | Pack], pad_id: int) -> Batch:
             tokens[row, start:end] = sample.tokens
             # The last token of a sample predicts nothing, least of all the first of the next.
             targets[row, start : end - 1] = np.where(sample.trained[1:], tokens[row, start + 1 : end], IGNORE_INDEX)
+            if weights is not None:
+                weights[row, start : end - 1] = sample.trained[1:]
             doc_ids[row, start:end] = number
             start = end
         doc_ids[row, start:] = len(samples)
     samples = [sample for row in samples_of for sample in row]
+    n_targets = int((targets != IGNORE_INDEX).sum())
     return Batch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         sample_ids=[sample.sample_id for sample in samples],
         lengths=[len(sample.tokens) for sample in samples],
-        n_targets=int((targets != IGNORE_INDEX).sum()),
+        n_targets=n_targets,
+        total_weight=n_targets * ONE if weights is None else total(weights),
         doc_ids=torch.from_numpy(doc_ids) if packed else None,
+        weights=None if weights is None else torch.from_numpy(weights),
     )
+
+
+def _is_mask(weights: np.ndarray) -> bool:
+    return bool(((weights == 0) | (weights == 1)).all())

@@ -23,7 +23,8 @@ class Encoded:
 
     Attributes:
         tokens: (total,) int32.
-        trained: (total,) bool. The first token of a row never is: nothing comes before it.
+        trained: (total,) bool. The first token of a row never is: nothing comes before it. Where some tokens count
+            more or less than one in the loss, float32: how much each does.
         offsets: (n + 1,) int64; row ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``.
         prompt_lens: (n,) int64, leading tokens of each row that come before its last answer.
         end_ids: (n,) int32, the control token that ends the last answer; -1 where nothing does.
@@ -56,7 +57,7 @@ class Encoder:
     one and the start of the other, it is trained: the model has to predict what it says of the answer.
 
     Args:
-        train_on_input: whether everything is trained, not only what the messages say.
+        train_on_input: whether everything is trained, not only what the messages say; but for messages of weight 0.
 
     Raises:
         ConfigError: when the template needs a control token that the tokenizer does not have.
@@ -116,24 +117,26 @@ class Encoder:
         messages = row.conversation.messages
         answer = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
         layout.start_row()
+        everything = self._train_on_input
         for text, i, name in row.parts:
-            trained, by_assistant = self._train_on_input, False
+            level, by_assistant = int(everything), False
             if i is not None:
                 message = messages[i]
-                trained, by_assistant = trained or message.trained, message.role == "assistant"
+                by_assistant = message.role == "assistant"
+                level = layout.level(message.weight) if message.trained or everything else 0
             is_answer = i == answer
             if name is not None:
                 token = self._control_id(name)
                 if token is not None:
-                    layout.add_control(token, trained, is_answer, by_assistant, begins=name == START)
+                    layout.add_control(token, level, is_answer, by_assistant, begins=name == START)
             elif i is None and self._special is not None and not self._literal:
                 for piece in self._pieces(text):
                     if piece.control is None:
-                        layout.add_text(piece.text, trained, False, False)
+                        layout.add_text(piece.text, level, False, False)
                     else:
-                        layout.add_control(self._specials[piece.control], trained, False, False)
+                        layout.add_control(self._specials[piece.control], level, False, False)
             else:
-                layout.add_text(text, trained, is_answer, by_assistant)
+                layout.add_text(text, level, is_answer, by_assistant)
 
     def _pieces(self, text: str) -> list[Part]:
         """The template's own text, split at the control tokens that stand in it, like ``[INST]`` in newer Mistrals."""
@@ -167,7 +170,8 @@ class Encoder:
 class _Layout:
     """The pieces of a batch of rows, in order, before anything is tokenised.
 
-    A piece is a control token or a text; a text is a sequence of runs, each trained or not.
+    A piece is a control token or a text; a text is a sequence of runs, each trained or not. How much a run counts is
+    told by its level, a number for each of the weights that occur.
     """
 
     def __init__(self, strip_after: set[int]) -> None:
@@ -177,7 +181,8 @@ class _Layout:
         self.boundaries: list[tuple[int, int]] = []  # (text, character): where a run ends inside a text
         self._controls = array("i")  # per piece: the token, or -1 for the next of the texts
         self._row_starts = array("q")  # first piece of each row
-        self._run_kinds = array("b")  # 1 where it is trained, plus 2 where it is an assistant's message
+        self._levels = {0.0: 0, 1.0: 1}  # weight to level
+        self._run_kinds = array("i")  # twice the level, plus 1 where it is an assistant's message
         self._run_piece = array("q")  # per run: the piece that it ends with, or in
         self._run_boundary = array("q")  # per run: the boundary at which it ends, or -1 for its piece's end
         self._answer_runs = array("q")  # per row: the run that its last answer begins with, or -1
@@ -193,25 +198,26 @@ class _Layout:
         self._answer_runs.append(-1)
         self._end_ids.append(-1)
 
-    def add_control(
-        self, token: int, trained: bool, is_answer: bool, by_assistant: bool, *, begins: bool = False
-    ) -> None:
+    def level(self, weight: float) -> int:
+        return 1 if weight == 1 else self._levels.setdefault(weight, len(self._levels))
+
+    def add_control(self, token: int, level: int, is_answer: bool, by_assistant: bool, *, begins: bool = False) -> None:
         self._close()
         self._after_control = not begins
         self._strips = token in self._strip_after
         self._controls.append(token)
-        self._add_run(trained, is_answer, by_assistant)
+        self._add_run(level, is_answer, by_assistant)
         if by_assistant:
             self._end_ids[-1] = token
 
-    def add_text(self, text: str, trained: bool, is_answer: bool, by_assistant: bool) -> None:
+    def add_text(self, text: str, level: int, is_answer: bool, by_assistant: bool) -> None:
         if self._strips:
             text = text.lstrip()
             self._strips = not text
         if self._open:
             last = len(self._run_kinds) - 1
             # Runs that follow each other alike are one, but an answer must not lose its start.
-            if self._run_kinds[last] & 1 == trained and not by_assistant:
+            if self._run_kinds[last] >> 1 == level and not by_assistant:
                 self._open.append(text)
                 self._open_len += len(text)
                 return
@@ -222,12 +228,12 @@ class _Layout:
             self.follow_control.append(self._after_control)
         self._open.append(text)
         self._open_len += len(text)
-        self._add_run(trained, is_answer, by_assistant)
+        self._add_run(level, is_answer, by_assistant)
 
-    def _add_run(self, trained: bool, is_answer: bool, by_assistant: bool) -> None:
+    def _add_run(self, level: int, is_answer: bool, by_assistant: bool) -> None:
         if is_answer and self._answer_runs[-1] < 0:
             self._answer_runs[-1] = len(self._run_kinds)
-        self._run_kinds.append(trained + 2 * by_assistant)
+        self._run_kinds.append(2 * level + by_assistant)
         self._run_piece.append(len(self._controls) - 1)
         self._run_boundary.append(-1)
 
@@ -262,7 +268,7 @@ class _Layout:
         tokens[~from_text] = controls[~is_text]
 
         run_kinds = np.asarray(self._run_kinds)
-        run_trained, by_assistant = run_kinds & 1 > 0, run_kinds & 2 > 0
+        run_trained, by_assistant = self._trained(run_kinds >> 1), run_kinds & 1 > 0
         run_piece, run_boundary = np.asarray(self._run_piece), np.asarray(self._run_boundary)
         run_ends = ends[run_piece]
         inner = np.flatnonzero(run_boundary >= 0)
@@ -270,7 +276,7 @@ class _Layout:
         straddles = ~aligned[at]
         starts = ends[run_piece[inner]] - lengths[run_piece[inner]]
         # A token that holds the end of something trained and the start of something untrained is trained too.
-        run_ends[inner] = starts + cuts[at] + (straddles & run_trained[inner])
+        run_ends[inner] = starts + cuts[at] + (straddles & (run_trained[inner] > 0))
         run_ends = np.maximum.accumulate(run_ends)
         run_lengths = np.diff(run_ends, prepend=0)
         trained = np.repeat(run_trained, run_lengths)
@@ -291,3 +297,9 @@ class _Layout:
             end_ids=np.asarray(self._end_ids, dtype=np.int32),
             merged=merged,
         )
+
+    def _trained(self, levels: np.ndarray) -> np.ndarray:
+        """(n,) bool of levels; float32 weights where there are other levels than 0 and 1."""
+        if len(self._levels) == 2:
+            return levels > 0
+        return np.asarray(list(self._levels), dtype=np.float32)[levels]

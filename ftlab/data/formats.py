@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ftlab.data.problems import BadRow, require_characters
+from ftlab.data.weights import ALLOWED, is_weight, rounded
 from ftlab.errors import ConfigError
 
 Row = Mapping[str, Any]
@@ -24,6 +25,7 @@ class Message(NamedTuple):
         trained: whether the model is taught to write it; only ever true of an assistant's.
         context: material that the content speaks of, Alpaca's ``input``.
         extra: whatever else the set says of the message (``name``, ``tool_calls``), for a Jinja template.
+        weight: how much each of its tokens counts in the loss; only ever other than 1 of an assistant's.
     """
 
     role: str
@@ -31,6 +33,7 @@ class Message(NamedTuple):
     trained: bool = False
     context: str = ""
     extra: Mapping[str, Any] | None = None
+    weight: float = 1.0
 
     @property
     def text(self) -> str:
@@ -106,7 +109,7 @@ class Text:
 class Chat:
     """Conversations as lists of messages: OpenAI's (role, content) or ShareGPT's (from, value), told apart by key.
 
-    A message's ``weight`` of 0 or 1 says whether it is trained; without one, every assistant message is.
+    An assistant message's ``weight`` says how much it counts: 0 leaves it untrained, without one it is 1.
 
     Args:
         last_turn_only: train the last assistant message alone.
@@ -163,11 +166,22 @@ def _message(entry: Any, i: int) -> Message:
     if not isinstance(content, str):
         raise BadRow("wrong_type", f"the content of message {i} must be text, but is {_kind(content)}")
     require_characters(content, f"message {i} of {{row}}")
-    weight = entry.get("weight")
-    if weight not in (None, 0, 1):
-        raise BadRow("wrong_type", f"the weight of message {i} must be 0 or 1, but is {weight!r}")
-    trained = role == "assistant" and weight != 0
-    return Message(role, content, trained, "", extra or None)
+    weight = _weight(entry.get("weight"), i, role)
+    return Message(role, content, role == "assistant" and weight > 0, "", extra or None, weight)
+
+
+def _weight(value: Any, i: int, role: str) -> float:
+    """How much message ``i`` counts. Sets put a weight of 0 on questions too, which are trained only as all is."""
+    if value is None or value == 1:
+        return 1.0
+    if not is_weight(value):
+        raise BadRow("wrong_type", f"the weight of message {i} must be {ALLOWED}, but is {value!r}")
+    if role == "assistant":
+        return rounded(value)
+    if value != 0:
+        problem = f"the weight of message {i}, which is no assistant's, must be 0 or 1, but is {value}"
+        raise BadRow("wrong_type", problem)
+    return 1.0
 
 
 def _kind(value: Any) -> str:

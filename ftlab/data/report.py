@@ -40,6 +40,7 @@ def report_on(part: Part) -> dict[str, Any]:
         "samples": int(samples.sum()),
         "tokens": int((store.ends - store.starts)[samples].sum()),
         "target_tokens": int(store.n_trained[samples].sum(dtype=np.int64)),
+        "weights": store.facts.get("weights"),
         "mean_row_tokens": round(float(lengths.mean()), 1) if len(lengths) else 0.0,
         "max_row_tokens": int(lengths.max(initial=0)),
         "row_tokens_histogram": {"edges": edges.round(1).tolist(), "counts": counts.tolist()},

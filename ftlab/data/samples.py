@@ -36,9 +36,9 @@ class Samples:
         return self._store.tokens[self._store.starts[pick] : self._store.ends[pick]]
 
     def trained(self, index: int) -> np.ndarray:
-        """(T,) bool, a view."""
-        pick = self._picks[index]
-        return self._store.trained[self._store.starts[pick] : self._store.ends[pick]]
+        """(T,) bool or float32, see ``Sample``; a view."""
+        pick, store = self._picks[index], self._store
+        return (store.trained if store.weights is None else store.weights)[store.starts[pick] : store.ends[pick]]
 
     def sample(self, index: int) -> Sample:
         """The sample as the loader wants it."""

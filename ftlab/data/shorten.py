@@ -10,7 +10,7 @@ TooLong = Literal["truncate", "truncate_keep_eos", "truncate_left", "split", "dr
 
 
 class Piece(NamedTuple):
-    """What is left of a row, or a part of it: tokens, which of them are trained, and how many are prompt."""
+    """What is left of a row, or a part of it: tokens, which are trained (or how much), and how many are prompt."""
 
     tokens: np.ndarray
     trained: np.ndarray
@@ -36,7 +36,7 @@ def shorten(row: Piece, seq_len: int, policy: TooLong, *, end_id: int, bos_id: i
             if not trained[:kept].any():
                 return []
             end = np.asarray([end_id] * (seq_len - kept), dtype=tokens.dtype)
-            learned = np.concatenate([trained[:kept], np.ones(len(end), dtype=bool)])
+            learned = np.concatenate([trained[:kept], trained[trained > 0][-1:].repeat(len(end))])
             pieces = [Piece(np.concatenate([tokens[:kept], end]), learned, min(prompt_len, kept))]
         case "truncate_left":
             bos = int(tokens[0] == bos_id)

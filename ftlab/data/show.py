@@ -18,11 +18,20 @@ _MAX_TOKENS = 2_000  # of a shown sample: a page stays a page
 
 
 class Shown(NamedTuple):
-    """A run of tokens as text; ``control`` for one control token, by its name."""
+    """A run of tokens as text; ``control`` for one control token, by its name; ``weight`` is how much each counts."""
 
     text: str
-    trained: bool
+    weight: float
     control: bool
+
+    @property
+    def trained(self) -> bool:
+        return self.weight > 0
+
+    @property
+    def note(self) -> str:
+        """The weight, where there is anything to say of it."""
+        return "" if self.weight in (0, 1) else f"×{self.weight:.4g}"
 
 
 def shown(sample: Sample, tokenizer: Tokenizer) -> Iterator[Shown]:
@@ -32,15 +41,15 @@ def shown(sample: Sample, tokenizer: Tokenizer) -> Iterator[Shown]:
     start, before = 0, ""
     for i, token in enumerate(tokens):
         if token in names:
-            yield Shown(names[token], bool(trained[i]), True)
+            yield Shown(names[token], float(trained[i]), True)
             start = i + 1
         elif i + 1 == len(tokens) or tokens[i + 1] in names or trained[i + 1] != trained[start]:
             # All of it so far, less what was shown: alone, a run would lose the space that it begins with.
             text = tokenizer.decode(tokens[: i + 1])
-            yield Shown(text[len(before) :], bool(trained[start]), False)
+            yield Shown(text[len(before) :], float(trained[start]), False)
             start, before = i + 1, text
     if len(sample.tokens) > _MAX_TOKENS:
-        yield Shown(f" … {len(sample.tokens) - _MAX_TOKENS} tokens more", False, True)
+        yield Shown(f" … {len(sample.tokens) - _MAX_TOKENS} tokens more", 0.0, True)
 
 
 def examples(samples: Samples, n: int) -> list[Sample]:
@@ -83,12 +92,16 @@ def as_html(
     )
 
 
+def _noted(run: Shown) -> str:
+    return f"<sub>{run.note}</sub>" if run.note else ""
+
+
 def sample_html(sample: Sample, tokenizer: Tokenizer) -> str:
     """One sample as a block of a page."""
     runs = (
-        f'<span class="{"t" * run.trained} {"c" * run.control}">{html.escape(run.text)}</span>'
+        f'<span class="{"t" * run.trained} {"c" * run.control}">{html.escape(run.text)}{_noted(run)}</span>'
         for run in shown(sample, tokenizer)
     )
-    n_trained = int(sample.trained.sum())
+    n_trained = int(np.count_nonzero(sample.trained))
     head = f"row {sample.sample_id}: {len(sample.tokens)} tokens, {n_trained} trained"
     return f"<h2>{head}</h2><pre>{''.join(runs)}</pre>"

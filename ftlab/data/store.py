@@ -33,6 +33,7 @@ class Mark(IntFlag):
     END_TRAINED = 512  # the token that ends an answer is trained
 
 
+WEIGHTS = "weights.bin"
 _ARRAYS = {
     "tokens": None,  # as wide as the vocabulary needs
     "trained": np.bool_,
@@ -50,13 +51,18 @@ _ARRAYS = {
 
 
 class StoreWriter:
-    """Appends to the arrays of a new store in ``folder``; memory does not grow with them. Use it with ``with``."""
+    """Appends to the arrays of a new store in ``folder``; memory does not grow with them. Use it with ``with``.
+
+    Weights, which few sets have, are an array more, as long as ``trained``, begun with the first row that has any.
+    """
 
     def __init__(self, folder: Path, vocab_size: int):
         self._folder = folder
         self._dtypes = {name: np.dtype(dtype) if dtype else token_dtype(vocab_size) for name, dtype in _ARRAYS.items()}
         self._files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in _ARRAYS}
         self._digest = hashlib.sha256()
+        self._weights: BinaryIO | None = None
+        self._range = (1.0, 1.0)  # of the weights
         self._n_tokens = self._n_rows = 0
         self._families: dict[str, int] = {}
 
@@ -70,6 +76,8 @@ class StoreWriter:
             "sample_rows": sample_rows + self._n_rows,
             "row_families": np.asarray(codes),
         }
+        if arrays["trained"].dtype != bool or self._weights is not None:
+            self._add_weights(arrays["trained"])
         for name, array in arrays.items():
             data = np.ascontiguousarray(array, dtype=self._dtypes[name])
             self._files[name].write(data.data if data.size else b"")
@@ -78,11 +86,24 @@ class StoreWriter:
         self._n_tokens += len(arrays["tokens"])
         self._n_rows += len(families)
 
+    def _add_weights(self, trained: np.ndarray) -> None:
+        if self._weights is None:
+            self._weights = (self._folder / WEIGHTS).open("wb")
+            self._files["trained"].flush()
+            with (self._folder / "trained.bin").open("rb") as before:
+                while block := before.read(1 << 20):
+                    self._weights.write(np.frombuffer(block, dtype=bool).astype(np.float32).data)
+        weights = trained.astype(np.float32)
+        low, high = self._range
+        self._range = float(weights.min(initial=low, where=weights > 0)), float(weights.max(initial=high))
+        self._weights.write(weights.data if weights.size else b"")
+        self._digest.update(weights.data if weights.size else b"")
+
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
+        for file in (*self._files.values(), *([self._weights] if self._weights else ())):
             file.close()
 
     def finish(self, **facts: Any) -> None:
@@ -91,6 +112,7 @@ class StoreWriter:
             "families": list(self._families),
             "dtypes": {name: dtype.str for name, dtype in self._dtypes.items()},
             "digest": self._digest.hexdigest(),
+            "weights": None if self._weights is None else self._range,
         }
         (self._folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
@@ -122,6 +144,9 @@ class Store:
             return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
         self.tokens, self.trained = mapped("tokens"), mapped("trained")
+        self.weights: np.ndarray | None = None  # (total,) float32 of the tokens, where some are neither 0 nor 1
+        if (folder / WEIGHTS).exists():
+            self.weights = np.asarray(np.memmap(folder / WEIGHTS, dtype=np.float32, mode="r"))
         self.ends = mapped("ends")
         self.starts = np.concatenate([[0], self.ends])[:-1]
         self.n_trained = mapped("n_trained")

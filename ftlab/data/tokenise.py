@@ -108,9 +108,9 @@ class Tokeniser:
         marks = np.zeros(len(encoded), dtype=np.int64)
         marks[encoded.merged] |= Mark.MERGED
         lengths = np.diff(encoded.offsets)
-        n_trained = _per_row(encoded.trained, encoded.offsets)
-        marks[n_trained == 0] |= Mark.ALL_MASKED
-        ends = encoded.trained & (encoded.tokens == np.repeat(encoded.end_ids, lengths))
+        trained = encoded.trained.astype(bool, copy=False)
+        marks[_per_row(trained, encoded.offsets) == 0] |= Mark.ALL_MASKED
+        ends = trained & (encoded.tokens == np.repeat(encoded.end_ids, lengths))
         marks[_per_row(ends, encoded.offsets) > 0] |= Mark.END_TRAINED
         bos, starts = self._recipe.tokenizer.bos_id, encoded.offsets[:-1]
         longer = lengths > 1
@@ -197,7 +197,7 @@ class _Samples:
 def _arrays(
     tokens: np.ndarray, trained: np.ndarray, ends: np.ndarray, prompt_lens: np.ndarray, rows: np.ndarray
 ) -> dict[str, np.ndarray]:
-    n_trained = _per_row(trained, np.concatenate([[0], ends]))
+    n_trained = _per_row(trained.astype(bool, copy=False), np.concatenate([[0], ends]))
     return {
         **{"tokens": tokens, "trained": trained, "ends": ends},
         **{"prompt_lens": prompt_lens, "n_trained": n_trained, "sample_rows": rows},
@@ -213,7 +213,10 @@ def _per_row(mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def _digest(conversation: Conversation) -> int:
     # With the lengths, so that no two conversations run into the same text.
     said = "".join(
-        [f"{role} {len(content)} {len(context)} {content}{context}" for role, content, _, context, _ in conversation[0]]
+        [
+            f"{message.role} {len(message.content)} {len(message.context)} {message.content}{message.context}"
+            for message in conversation.messages
+        ]
     )
     return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
 

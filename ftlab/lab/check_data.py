@@ -53,9 +53,11 @@ def _tell(console: Console, data: TrainingData) -> bool:
     """Print what was found; whether any of it stops a run."""
     for name in ("train", "validation"):
         if (part := data.report[name]) is not None:
+            weights = part.get("weights")
+            counting = f", by weights from {weights[0]:.4g} to {weights[1]:.4g}" if weights else ""
             console.print(
                 f"[bold]{name:<11}[/]{part['rows']:,} rows, {part['samples']:,} samples, {part['tokens']:,} tokens, "
-                f"{part['target_tokens']:,} of them trained, longest row {part['max_row_tokens']:,}",
+                f"{part['target_tokens']:,} of them trained{counting}, longest row {part['max_row_tokens']:,}",
                 soft_wrap=True,
             )
     if data.report.get("streaming"):

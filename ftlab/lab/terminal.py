@@ -18,4 +18,5 @@ def print_sample(console: Console, sample: Sample, tokenizer: Tokenizer) -> None
     for run in shown(sample, tokenizer):
         style = ("bold " * run.control) + ("green" if run.trained else "dim")
         text.append(run.text if console.is_terminal or not run.trained else f"⟦{run.text}⟧", style)
+        text.append(run.note, "dim italic")
     console.print(text, soft_wrap=True)

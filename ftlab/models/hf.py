@@ -170,6 +170,7 @@ class HFTransformer(nn.Module):
         *,
         doc_ids: Tensor | None = None,
         n_targets: int | None = None,  # noqa: ARG002 -- every model's signature
+        weights: Tensor | None = None,
         cache: TokenCache | None = None,
     ) -> Tensor:
         """As ``Transformer.forward``, but without packed rows; transformers makes the logits, capped and
@@ -191,7 +192,7 @@ class HFTransformer(nn.Module):
         if loss is None:
             return logits
         assert targets is not None, "a loss needs targets"
-        return loss.of_logits(logits.flatten(0, 1), targets.flatten())
+        return loss.of_logits(logits.flatten(0, 1), targets.flatten(), None if weights is None else weights.flatten())
 
     def new_cache(self, capacity: int) -> TokenCache:  # noqa: ARG002 -- every model's signature
         """For ``forward``, in generation: earlier tokens are kept, and computed again."""

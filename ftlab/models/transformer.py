@@ -80,6 +80,7 @@ class Transformer(nn.Module):
         *,
         doc_ids: Tensor | None = None,
         n_targets: int | None = None,
+        weights: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits, or the loss when one is given.
@@ -90,11 +91,12 @@ class Transformer(nn.Module):
         Args:
             tokens: (B, T) int64.
             targets: (B, T) int64, already shifted; needed with ``loss`` only.
-            loss: called with hidden (N, dim), head weight (V, dim), targets (N,).
+            loss: called with hidden (N, dim), head weight (V, dim), targets (N,), and weights (N,) if there are any.
             doc_ids: (B, T) int, for rows packed with documents: tokens see only those with the same id around
                 them, and positions begin at 0 in every document.
             n_targets: how many of the targets count, where the host knows: only they are then taken to the head,
                 N = n_targets, without asking the device; None: N = B*T.
+            weights: (B, T) float32, how much each target counts; None: 1.
             cache: keys and values of earlier positions; T more are appended.
 
         Returns:
@@ -125,11 +127,12 @@ class Transformer(nn.Module):
         if loss is None:
             return F.linear(self.norm(x), head_weight)
         assert targets is not None, "a loss needs targets"
-        x, targets = x.flatten(0, 1), targets.flatten()
-        if n_targets is not None and n_targets < len(targets):
-            places = torch.nonzero_static(targets != IGNORE_INDEX, size=n_targets)[:, 0]
-            x, targets = x.index_select(0, places), targets.index_select(0, places)
-        return loss(self.norm(x), head_weight, targets)
+        of_targets = [targets.flatten(), *([] if weights is None else [weights.flatten()])]
+        x = x.flatten(0, 1)
+        if n_targets is not None and n_targets < len(x):
+            places = torch.nonzero_static(of_targets[0] != IGNORE_INDEX, size=n_targets)[:, 0]
+            x, of_targets = x.index_select(0, places), [tensor.index_select(0, places) for tensor in of_targets]
+        return loss(self.norm(x), head_weight, *of_targets)
 
     def new_cache(self, capacity: int) -> KVCache:
         """For ``forward``: room for the keys and values of so many positions."""

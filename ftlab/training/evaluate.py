@@ -17,6 +17,7 @@ from torch import Tensor
 from ftlab.data.loader import BatchLoader
 from ftlab.data.samples import JoinedSamples, Samples
 from ftlab.data.tokenizers import Tokenizer
+from ftlab.data.weights import ONE
 from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError
@@ -92,7 +93,7 @@ class Evaluator:
         return metrics
 
     def _mean_loss(self, model: AnyModel, parallel: Parallelism) -> float:
-        """Mean negative log-likelihood per target token, in nats, over all ranks' rows."""
+        """Mean negative log-likelihood per target token, each as it counts, in nats, over all ranks' rows."""
         loader = BatchLoader(
             self.validation,
             batch_size=self.config.batch_size,
@@ -108,11 +109,17 @@ class Evaluator:
         for micro_batches in islice(loader.steps(0), self.config.max_batches):
             for batch in micro_batches:
                 batch = batch.to(parallel.device)
-                nll: Tensor = model(batch.tokens, batch.targets, self.loss, n_targets=batch.n_targets)
+                nll: Tensor = model(
+                    batch.tokens,
+                    batch.targets,
+                    self.loss,
+                    n_targets=batch.n_targets,
+                    weights=batch.weights,
+                )
                 total[0] += nll
-                total[1] += batch.n_targets
-        nll_sum, n_targets = parallel.sum(total).tolist()
-        return nll_sum / n_targets
+                total[1] += batch.total_weight / ONE
+        nll_sum, weight = parallel.sum(total).tolist()
+        return nll_sum / weight
 
     def _answer(self, model: AnyModel, step: int, parallel: Parallelism) -> list[Sample]:
         """Greedy answers: to every validation prompt if answers are verifiable, else to the first ``n_samples``.

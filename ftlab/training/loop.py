@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ftlab.data.batch import Batch
 from ftlab.data.loader import BatchLoader, ahead
+from ftlab.data.weights import ONE
 from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError
@@ -195,11 +196,15 @@ class StepMetrics:
 
 
 def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
-    """One optimizer step: the gradient of the mean loss per target token over all micro-batches and ranks."""
+    """One optimizer step: the gradient of the mean loss per target token over all micro-batches and ranks.
+
+    A mean in which each token counts as much as its weight, which is 1 unless the data says otherwise.
+    """
     state, parallel = run.state, run.parallel
     run.clock.enter("other")
-    counts, wishes = parallel.sum(count(micro_batches, run.wishes, parallel.device)).split((3, N_WISHES))
-    n_targets = counts[0]
+    summed = parallel.sum(count(micro_batches, run.wishes, parallel.device))
+    total_weight, counts, wishes = summed.split((1, 3, N_WISHES))
+    n_targets = total_weight[0] / ONE  # float32: exact up to its rounding
     nll = torch.zeros((), device=parallel.device)
     for i, batch in enumerate(micro_batches):
         run.clock.enter("forward")
@@ -207,7 +212,12 @@ def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
         batch = batch.to(parallel.device)
         with run.precision.autocast(parallel.device):
             nll_sum = state.model(  # the head's weight is touched only in here
-                batch.tokens, batch.targets, run.loss, doc_ids=batch.doc_ids, n_targets=batch.n_targets
+                batch.tokens,
+                batch.targets,
+                run.loss,
+                doc_ids=batch.doc_ids,
+                n_targets=batch.n_targets,
+                weights=batch.weights,
             )
         run.clock.enter("backward")
         # Data parallelism averages gradients over ranks; times dp_size makes it the sum that is divided once, globally.
@@ -222,8 +232,10 @@ def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
 
 
 def count(micro_batches: list[Batch], wishes: Wishes, device: torch.device) -> Tensor:
-    """(3 + N_WISHES,) int64 on ``device``: target tokens, real tokens, samples of this rank, and what it wishes."""
+    """(4 + N_WISHES,) int64 on ``device``: what this rank's targets weigh together, in units of 1 / ``ONE``; target
+    tokens, real tokens, samples; and what it wishes."""
     counts = [
+        sum(batch.total_weight for batch in micro_batches),
         sum(batch.n_targets for batch in micro_batches),
         sum(batch.n_tokens for batch in micro_batches),
         sum(len(batch.sample_ids) for batch in micro_batches),

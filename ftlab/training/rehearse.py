@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from ftlab.data.batch import Batch
+from ftlab.data.weights import ONE
 from ftlab.distributed.base import Parallelism, Strategy
 from ftlab.distributed.ddp import Replicas
 from ftlab.distributed.env import WorkerEnv
@@ -330,6 +331,7 @@ def _batch(shape: tuple[int, int]) -> Batch:
         sample_ids=list(range(n_rows)),
         lengths=[length] * n_rows,
         n_targets=n_rows * length,
+        total_weight=n_rows * length * ONE,
     )
 
 

@@ -12,16 +12,18 @@ from ftlab.distributed.env import WorkerEnv
 from ftlab.training.loop import fit
 from tests.distributed.harness import run_ranks
 from tests.distributed.strategies import Trained, in_group, strategy, train
-from tests.loop.conftest import Rows, build_hand_run, precision_of
+from tests.loop.conftest import Rows, WeightedRows, build_hand_run, precision_of
 
 # 25 rows in batches of 8: the last batch of each epoch has one row, so that all ranks but one have none.
-ROWS = Rows(25)
+ROWS, WEIGHTED = Rows(25), WeightedRows(25)
 GLOBAL_BATCH, STEPS, TOLERANCE = 8, 20, 1e-5
 ALONE = WorkerEnv(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 OPTIMIZERS = {"sgd": (torch.optim.SGD, 0.3), "adamw": (torch.optim.AdamW, 2e-3)}
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "ddp": ("ddp", {}, 1),
     "ddp, accumulation": ("ddp", {}, 2),
+    "ddp, weighted rows, accumulation": ("ddp", {}, 2),
+    "fsdp, weighted rows": ("fsdp", {}, 1),
     "fsdp": ("fsdp", {}, 1),
     "fsdp, weights kept until backward": ("fsdp", {"reshard_after_forward": False}, 1),
     "fsdp, full activation checkpointing": ("fsdp", {"activation_checkpointing": "full"}, 1),
@@ -43,9 +45,13 @@ def options(optimizer: str, max_grad_norm: float | None = 1.0) -> dict[str, Any]
     return {"optimizer": kind, "lr": lr, "max_steps": STEPS, "max_grad_norm": max_grad_norm}
 
 
+def rows_of(case: str) -> Rows:
+    return WEIGHTED if "weighted rows" in case else ROWS
+
+
 @cache
-def reference(optimizer: str) -> Trained:
-    return train(ALONE, strategy("single"), ROWS, batch_size=GLOBAL_BATCH, **options(optimizer))
+def reference(optimizer: str, rows: Rows) -> Trained:
+    return train(ALONE, strategy("single"), rows, batch_size=GLOBAL_BATCH, **options(optimizer))
 
 
 def train_all(
@@ -58,7 +64,7 @@ def train_all(
         results[name] = train(
             in_group(worker, name),
             strategy(kind, **changes),
-            ROWS,
+            rows_of(name),
             batch_size=batch_size,
             accumulation=accumulation,
             **options(optimizer),
@@ -74,7 +80,7 @@ def trained(n_ranks: int, optimizer: str) -> list[dict[str, Trained]]:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("n_ranks", "case"), [(n, case) for n in (1, 2, 4) for case in cases_for(n)])
 def test_twenty_steps_equal_those_of_a_single_process(n_ranks: int, case: str, optimizer: str) -> None:
-    expected, ranks = reference(optimizer), [rank[case] for rank in trained(n_ranks, optimizer)]
+    expected, ranks = reference(optimizer, rows_of(case)), [rank[case] for rank in trained(n_ranks, optimizer)]
     assert expected.losses[0] - expected.losses[-1] > 0.1, "the comparison means nothing while nothing is learned"
     assert max(expected.grad_norms) > 1.0, "nor while nothing is clipped"
     for rank in ranks:

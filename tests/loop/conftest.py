@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from ftlab.assembly import build_model, random_weights, weights_in
 from ftlab.data.batch import Sample
 from ftlab.data.loader import BatchLoader
+from ftlab.data.weights import rounded
 from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
@@ -72,6 +73,15 @@ class Rows:
     def sample(self, index: int) -> Sample:
         tokens = self.rows[index]
         return Sample(tokens=tokens, trained=np.arange(len(tokens)) >= max(1, len(tokens) // 3), sample_id=index)
+
+
+class WeightedRows(Rows):
+    """The same, but every third row counts a third and every seventh two and a half times as much."""
+
+    def sample(self, index: int) -> Sample:
+        plain = super().sample(index)
+        weight = rounded(1 / 3) if index % 3 == 0 else 2.5 if index % 7 == 0 else 1.0
+        return replace(plain, trained=plain.trained.astype(np.float32) * np.float32(weight)) if weight != 1 else plain
 
 
 @dataclass

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from ftlab import IGNORE_INDEX
 from ftlab.models.weights import export_weights
 from ftlab.training.loop import fit
-from tests.loop.conftest import Rows
+from tests.loop.conftest import Rows, WeightedRows
 
 
 def transformers_losses(folder, loader, n_steps, lr, max_norm):
@@ -22,10 +21,10 @@ def transformers_losses(folder, loader, n_steps, lr, max_norm):
             for i in [i for batch in micro_batches for i in batch.sample_ids]:
                 sample = loader.dataset.sample(i)
                 tokens = torch.from_numpy(sample.tokens).long()
-                labels = tokens.masked_fill(~torch.from_numpy(sample.trained), IGNORE_INDEX)
+                weights = torch.from_numpy(sample.trained[1:]).float()
                 logits = model(tokens[None]).logits[0, :-1]
-                nll = nll + F.cross_entropy(logits, labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
-                n_targets += int((labels[1:] != IGNORE_INDEX).sum())
+                nll = nll + (F.cross_entropy(logits, tokens[1:], reduction="none") * weights).sum()
+                n_targets += weights.sum().item()
             (nll / n_targets).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
@@ -35,8 +34,9 @@ def transformers_losses(folder, loader, n_steps, lr, max_norm):
     return losses[:n_steps]
 
 
-def test_twenty_steps_of_sgd_equal_a_plain_transformers_loop(hand_run, tmp_path):
-    ours = hand_run(Rows(30), lr=0.2, batch_size=3, accumulation=2, max_steps=20)
+@pytest.mark.parametrize("rows", [Rows(30), WeightedRows(30)])
+def test_twenty_steps_of_sgd_equal_a_plain_transformers_loop(hand_run, tmp_path, rows):
+    ours = hand_run(rows, lr=0.2, batch_size=3, accumulation=2, max_steps=20)
     export_weights(ours.run.state.model, tmp_path, dtype=torch.float32, bos_id=1, eos_id=2, pad_id=None)
     theirs = transformers_losses(tmp_path, ours.run.loader, 20, lr=0.2, max_norm=1.0)
     fit(ours.run)

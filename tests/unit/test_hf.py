@@ -158,6 +158,14 @@ def test_greedy_text_is_that_of_transformers(kind, tmp_path):
         assert answer == (expected[: expected.index(60)] if 60 in expected else expected)
 
 
+def test_weights_of_tokens_multiply_their_losses(tmp_path, tokens):
+    saved("gpt_neox", tmp_path)
+    model, weights = loaded(tmp_path), torch.rand(tokens.shape)
+    log_p = model(tokens).double().log_softmax(-1)
+    expected = -(log_p.gather(2, tokens[..., None])[..., 0] * weights).sum()
+    torch.testing.assert_close(model(tokens, tokens, LOSS, weights=weights).double(), expected, rtol=1e-6, atol=0)
+
+
 # ---- refusals
 
 
