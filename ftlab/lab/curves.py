@@ -44,17 +44,24 @@ def thin(steps: Array, values: Array, n_points: int) -> tuple[Array, Array, Arra
     return steps[indices], values[indices], means
 
 
-def pack(series: Series, n_points: int) -> dict[str, str]:
-    """A curve as base64 of little-endian arrays: ``x`` (int32), ``y`` (float32) and, where it was thinned, ``mean``.
+def pack(series: Series, n_points: int) -> dict[str, str | int]:
+    """A curve as base64 of little-endian arrays: ``y`` (float32) and, where it was thinned, ``mean``.
 
-    What was not finite, and what float32 cannot hold, is NaN there: a gap.
+    What was not finite, and what float32 cannot hold, is NaN there: a gap. Of the steps there is the ``first``, and
+    what each is ``apart`` from the one before it, in as many ``bits`` as these take: mostly 8 of 32.
     """
     steps = np.array([step for step, _ in series], np.float64)
     values = np.array([np.nan if value is None else value for _, value in series], np.float64)
     values[np.abs(values) > np.finfo(np.float32).max] = np.nan
     x, y, mean = thin(steps, values, n_points)
-    packed = {"x": _base64(x, "<i4"), "y": _base64(y, "<f4")}
+    apart = np.diff(x, prepend=x[0])
+    bits = next((bits for bits in (8, 16) if apart.min() >= 0 and apart.max() < 2**bits), 32)
+    of_steps: dict[str, str | int] = {"first": int(x[0]), "apart": _base64(apart, _DIFFERENCES[bits]), "bits": bits}
+    packed = of_steps | {"y": _base64(y, "<f4")}
     return packed if mean is y else packed | {"mean": _base64(mean, "<f4")}
+
+
+_DIFFERENCES = {8: "<u1", 16: "<u2", 32: "<i4"}
 
 
 def _base64(array: Array, dtype: str) -> str:

@@ -95,7 +95,16 @@ class Page:
     def open(self, path: Path) -> None:
         """Open a file, and wait until the report in it is drawn."""
         self.send("Page.navigate", url=path.as_uri())
-        self.until("document.documentElement?.dataset.drawn")
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until every section of the report is drawn as the last choice wants it."""
+        self.until("document.documentElement?.dataset.complete")
+
+    def act(self, script: str) -> None:
+        """Run what a reader's hand would do, and wait for all that follows; sliders and fields wait a moment first."""
+        self.run(f"{{ {script} }} new Promise(done => setTimeout(done, 200))")
+        self.settle()
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""

@@ -36,8 +36,8 @@ def test_the_means_of_a_thinned_curve_are_those_of_its_stretches_not_of_what_is_
 
 def test_a_packed_curve_reads_back_and_what_is_not_finite_is_a_gap():
     packed = pack([(1, 2.5), (2, None), (70_000, 1e39), (70_001, -1.5)], 100)
-    x, y = (np.frombuffer(base64.b64decode(packed[key]), kind) for key, kind in (("x", "<i4"), ("y", "<f4")))
-    assert x.tolist() == [1, 2, 70_000, 70_001]
+    apart, y = (np.frombuffer(base64.b64decode(packed[key]), kind) for key, kind in (("apart", "<i4"), ("y", "<f4")))
+    assert (packed["first"] + np.cumsum(apart)).tolist() == [1, 2, 70_000, 70_001]
     np.testing.assert_array_equal(y, np.array([2.5, np.nan, np.nan, -1.5], np.float32))
     assert "mean" not in packed
 
@@ -45,3 +45,12 @@ def test_a_packed_curve_reads_back_and_what_is_not_finite_is_a_gap():
 def test_a_metric_that_was_never_finite_is_packed_without_a_warning(recwarn):
     assert len(base64.b64decode(pack([(step, None) for step in range(500)], 50)["y"])) == 4 * 50
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(("most", "bits"), [(255, 8), (256, 16), (65_535, 16), (65_536, 32)])
+def test_steps_are_packed_as_differences_in_as_few_bits_as_they_take(most, bits):
+    steps = np.cumsum([3_000_000, 1, most, 7])
+    packed = pack([(int(step), 0.5) for step in steps], 100)
+    apart = np.frombuffer(base64.b64decode(packed["apart"]), f"<{'i' if bits == 32 else 'u'}{bits // 8}")
+    assert packed["bits"] == bits
+    assert (packed["first"] + np.cumsum(apart)).tolist() == steps.tolist()

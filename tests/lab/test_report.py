@@ -134,8 +134,7 @@ CURVES = "document.getElementById('loss').data.filter(t => t.opacity === 1).flat
 
 
 def type_in(page, text):
-    page.run(f"$('filter').value = {json.dumps(text)}; $('filter').dispatchEvent(new Event('input'))")
-    page.run("new Promise(done => setTimeout(done, 300))")
+    page.act(f"$('filter').value = {json.dumps(text)}; $('filter').dispatchEvent(new Event('input'))")
 
 
 def test_it_opens_from_a_file_without_complaints_or_requests(page, sweep):
@@ -152,11 +151,11 @@ def test_it_opens_from_a_file_without_complaints_or_requests(page, sweep):
 def test_the_table_sorts_both_ways_and_filters_by_words_comparisons_and_status(page):
     click = "[...document.querySelectorAll('#table th button')].find(b => b.textContent === '{}').click()"
     losses = page.run("byKey('val/loss').cells")
-    page.run(click.format("val/loss"))
+    page.act(click.format("val/loss"))
     assert page.run(ROWS) == sorted(range(9), key=lambda i: losses[i])
-    page.run(click.format("val/loss"))
+    page.act(click.format("val/loss"))
     assert page.run(ROWS) == sorted(range(9), key=lambda i: -losses[i])
-    page.run(click.format("run"))
+    page.act(click.format("run"))
     for text, rows in (
         ("lr<=0.01", [0, 1, 2, 3]),
         ("lr>=0.01 seed=1 status=completed", [3, 5]),
@@ -168,31 +167,45 @@ def test_the_table_sorts_both_ways_and_filters_by_words_comparisons_and_status(p
         assert page.run(ROWS) == rows, text
     assert page.run("document.querySelector('#loss .annotation-text').textContent").startswith("nothing to show")
     type_in(page, "")
-    page.run("document.querySelector('[data-status=failed]').click()")
+    page.act("document.querySelector('[data-status=failed]').click()")
     assert page.run(ROWS) == [0, 1, 2, 3, 4, 5]
-    page.run("document.querySelector('[data-status=failed]').click()")
+    page.act("document.querySelector('[data-status=failed]').click()")
 
 
 def test_ticking_choosing_and_smoothing_change_the_curves(page):
-    page.run("$('smooth').value = 0; $('smooth').dispatchEvent(new Event('input'))")
-    page.run("new Promise(done => setTimeout(done, 300))")
+    page.act("$('smooth').value = 0; $('smooth').dispatchEvent(new Event('input'))")
     assert page.run(CURVES) == 18  # training and validation of nine runs
-    page.run("$('validation').click()")
+    page.act("$('validation').click()")
     assert page.run(CURVES) == 9
-    page.run("document.querySelector('#table tr[data-run=\"2\"] input').click()")
+    page.act("document.querySelector('#table tr[data-run=\"2\"] input').click()")
     assert page.run(CURVES) == 8
-    page.run("$('colour').value = 'run'; $('colour').dispatchEvent(new Event('change'))")
+    page.act("$('colour').value = 'run'; $('colour').dispatchEvent(new Event('change'))")
     last = "document.getElementById('loss').data[{}].y.filter(y => y !== null).slice(-20)"
     raw = page.run(last.format(0))
-    page.run("$('smooth').value = 60; $('smooth').dispatchEvent(new Event('input'))")
-    page.run("new Promise(done => setTimeout(done, 300))")
+    page.act("$('smooth').value = 60; $('smooth').dispatchEvent(new Event('input'))")
     smooth = page.run(last.format(1))  # after the faint one of the same run
     assert max(smooth) - min(smooth) < (max(raw) - min(raw)) / 3
-    page.run("$('metric').value = 'train/lr'; $('metric').dispatchEvent(new Event('change'))")
+    page.act("$('metric').value = 'train/lr'; $('metric').dispatchEvent(new Event('change'))")
     assert page.run("document.getElementById('other').data[0].y[0]") == pytest.approx(1e-3)
-    page.run("$('x').value = 'tokens'; $('x').dispatchEvent(new Event('change'))")
+    page.act("$('x').value = 'tokens'; $('x').dispatchEvent(new Event('change'))")
     assert page.run("document.getElementById('other').data[0].x.at(-2)") == pytest.approx(80_000)
-    page.run("$('show-all').click(); $('validation').click()")
+    page.act("$('show-all').click(); $('validation').click()")
+    assert page.complaints == []
+
+
+def test_a_part_that_is_enlarged_is_drawn_with_all_its_points_until_a_double_click(page):
+    page.act(
+        "Object.assign(POINTS, { in_all: 9 * 20, fewest: 20 }); choose({ smooth: 0, colour: 'run', x: 'step' }, 'all')"
+    )
+    within = "document.getElementById('loss').data[0].x.filter(x => x >= 50 && x <= 60)"
+    assert len(page.run(within)) < 4
+    page.act("Plotly.relayout($('loss'), { 'xaxis.range': [50, 60] })")
+    assert page.run(within) == list(range(50, 61))
+    page.act("choose({ smooth: 40 }, 'curves')")  # another choice leaves it enlarged
+    assert page.run("$('loss').layout.xaxis.range") == [50, 60]
+    page.act("$('loss').emit('plotly_doubleclick')")
+    assert page.run("[Math.min, Math.max].map(f => f(...$('loss').data[0].x.filter(x => x !== null)))") == [1, 200]
+    page.act("Object.assign(POINTS, { in_all: 40000, fewest: 120 }); choose({ smooth: 30 }, 'all')")
     assert page.complaints == []
 
 
@@ -213,7 +226,7 @@ def test_nothing_is_wider_than_the_window_in_either_theme(page, width, dark):
     assert page.run("document.documentElement.dataset.theme") == ("dark" if dark else "light")
     ground = page.run("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(16, 19, 23)") == dark
-    page.run("$('theme').click()")
+    page.act("$('theme').click()")
     assert page.run("document.documentElement.dataset.theme") == ("light" if dark else "dark")
-    page.run("$('theme').click(); state.theme = null; remember()")
+    page.act("$('theme').click(); state.theme = null; remember()")
     assert page.complaints == []

@@ -2,7 +2,7 @@
 
 const touch = matchMedia("(pointer: coarse)").matches; // there a finger scrolls the page; it must not draw zoom boxes
 
-function draw(id, data, { x, y, log = false, range = null, xaxis = {}, yaxis = {}, margin = {}, more = {} }) {
+function draw(id, data, { x, y, log = false, range = null, xaxis = {}, yaxis = {}, margin = {}, more = {}, doubleClick = "reset" }) {
   const [text, muted, line, card] = ["text", "muted", "line", "card"].map(cssColour);
   const axis = {
     gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, fixedrange: touch,
@@ -25,7 +25,7 @@ function draw(id, data, { x, y, log = false, range = null, xaxis = {}, yaxis = {
     layout.xaxis.visible = layout.yaxis.visible = false;
   }
   return Plotly.react($(id), data, layout, {
-    displaylogo: false, responsive: true, displayModeBar: false, doubleClick: "reset",
+    displaylogo: false, responsive: true, displayModeBar: false, doubleClick,
   });
 }
 

@@ -89,10 +89,18 @@ function curve(metric, i) {
     const packed = DATA.curves[metric]?.[i];
     if (packed) {
       const y = new Float32Array(bytes(packed.y));
-      unpacked.set(key, { x: new Int32Array(bytes(packed.x)), y, mean: packed.mean ? new Float32Array(bytes(packed.mean)) : y });
+      unpacked.set(key, { x: stepsOf(packed), y, mean: packed.mean ? new Float32Array(bytes(packed.mean)) : y });
     } else unpacked.set(key, null);
   }
   return unpacked.get(key);
+}
+
+/** The steps of a curve, of which there are the first and the differences. */
+function stepsOf({ first, apart, bits }) {
+  const steps = Int32Array.from(new { 8: Uint8Array, 16: Uint16Array, 32: Int32Array }[bits](bytes(apart)));
+  let now = first;
+  for (let k = 0; k < steps.length; k++) steps[k] = now += steps[k];
+  return steps;
 }
 
 function bytes(base64) {
@@ -122,10 +130,20 @@ function smoothed(values, strength) {
   return now;
 }
 
-/** No more points than the screen shows: the least and the greatest of each stretch. */
-function thinned(x, y, most) {
+/** Those of a curve that lie in view, and one more at either end, where its line goes on. */
+function within(view, x, y) {
+  if (!view) return [x, y];
+  const [low, high] = view;
+  const from = x.findIndex((value) => value >= low);
+  if (from < 0) return [[], []];
+  const [start, end] = [Math.max(0, from - 1), x.findLastIndex((value) => value <= high) + 2];
+  return [x.slice(start, end), y.slice(start, end)];
+}
+
+/** No more points than the screen shows: the least and the greatest of each stretch, and both ends. */
+function thinned([x, y], most) {
   if (x.length <= most) return [Array.from(x), Array.from(y)];
-  const [xs, ys] = [[], []];
+  const kept = new Set([0]);
   const stretch = x.length / (most / 2);
   for (let start = 0; start < x.length; start += stretch) {
     const [from, to] = [Math.floor(start), Math.min(Math.floor(start + stretch), x.length)];
@@ -134,12 +152,10 @@ function thinned(x, y, most) {
       if (!(y[k] >= y[low])) low = k;
       if (!(y[k] <= y[high])) high = k;
     }
-    for (const k of new Set([Math.min(low, high), Math.max(low, high)])) {
-      xs.push(x[k]);
-      ys.push(y[k]);
-    }
+    kept.add(Math.min(low, high)).add(Math.max(low, high));
   }
-  return [xs, ys];
+  const indices = [...kept.add(x.length - 1)];
+  return [indices.map((k) => x[k]), indices.map((k) => y[k])];
 }
 
 /** Steps as the x axis has them. */
@@ -155,19 +171,24 @@ function along(i, steps) {
   });
 }
 
-/** The curves of one metric for the runs that are plotted. */
-function traces(metric, shown, colours, most, dotted = false) {
+const POINTS = { in_all: 40000, fewest: 120, most: 1500 }; // that are drawn of a metric, and of a curve
+
+/** The curves of one metric for the runs that are plotted, between the two x of a view. */
+function traces(metric, shown, colours, view, dotted = false) {
   const all = [];
+  const most = Math.min(POINTS.most, Math.max(POINTS.fewest, Math.floor(POINTS.in_all / Math.max(1, shown.length))));
+  const drawn = (x, y) => thinned(within(view, x, y), most);
   const faint = state.smooth > 0 && shown.length <= 12;
   for (const i of shown) {
     const found = curve(metric, i);
     if (!found) continue;
     const sparse = found.x.length <= 60;
-    const style = { colour: colours[i].colour, dash: dotted ? "dot" : colours[i].dash, sparse, single: found.x.length === 1 };
+    const marked = sparse && (shown.length <= 40 || found.x.length === 1); // each mark is an element of the page
+    const style = { colour: colours[i].colour, dash: dotted ? "dot" : colours[i].dash, marked, single: found.x.length === 1 };
     const steps = along(i, found.x);
-    if (faint && !sparse) all.push({ run: i, style: { ...style, faint }, points: thinned(steps, found.y, most) });
+    if (faint && !sparse) all.push({ run: i, style: { ...style, faint }, points: drawn(steps, found.y) });
     const values = state.smooth && !sparse ? smoothed(found.mean, state.smooth) : found.y;
-    all.push({ run: i, style, points: thinned(steps, values, most) });
+    all.push({ run: i, style, points: drawn(steps, values) });
   }
   return joined(all, metric, shown.length > 40);
 }
@@ -180,7 +201,7 @@ function joined(all, metric, many) {
     styles.set(key, [...(styles.get(key) ?? []), one]);
   }
   return [...styles.values()].map((group) => {
-    const { colour, dash, sparse, single, faint } = group[0].style;
+    const { colour, dash, marked, single, faint } = group[0].style;
     const [x, y, text] = [[], [], []];
     for (const { run, points } of group) {
       const label = labelled(run);
@@ -194,7 +215,7 @@ function joined(all, metric, many) {
       text.push("");
     }
     return {
-      type: "scatter", mode: sparse ? "lines+markers" : "lines", x, y, text, meta: group.map(({ run }) => run), connectgaps: false,
+      type: "scatter", mode: marked ? "lines+markers" : "lines", x, y, text, meta: group.map(({ run }) => run), connectgaps: false,
       line: { color: colour, dash, width: faint ? 1 : many ? 1.1 : 1.8 }, marker: { size: single ? 8 : 5, color: colour }, opacity: faint ? 0.22 : 1,
       ...(faint ? { hoverinfo: "skip" } : { hovertemplate: `%{text}<br>${plain(metric)} %{y:.5g}<br>${state.x} %{x:,.0f}<extra></extra>` }),
     };
@@ -202,15 +223,50 @@ function joined(all, metric, many) {
 }
 
 function drawCurves() {
-  const shown = plotted();
-  const colours = runColours();
-  const most = Math.min(1500, Math.max(120, Math.floor(40000 / Math.max(1, shown.length))));
+  drawLosses();
+  drawOther();
+}
+
+function drawLosses() {
+  const [shown, colours] = [plotted(), runColours()];
   const validation = /^val\/.*loss$/.test(DATA.metric) ? DATA.metric : "val/loss";
-  const losses = [...(state.training ? traces("train/loss", shown, colours, most) : []), ...(state.validation ? traces(validation, shown, colours, most, state.training) : [])];
-  const x = state.x === "step" ? "optimizer step" : "tokens";
-  draw("loss", losses, { x, y: "nats per target token", log: state.log, range: usual(losses), xaxis: { rangemode: "nonnegative" } });
-  const others = traces(state.metric, shown, colours, most);
-  draw("other", others, { x, y: state.metric, log: state.log, range: usual(others), xaxis: { rangemode: "nonnegative" } });
+  drawSteps("loss", "nats per target token", drawLosses, (view) => [
+    ...(state.training ? traces("train/loss", shown, colours, view) : []),
+    ...(state.validation ? traces(validation, shown, colours, view, state.training) : []),
+  ]);
+}
+
+function drawOther() {
+  const [shown, colours] = [plotted(), runColours()];
+  drawSteps("other", state.metric, drawOther, (view) => traces(state.metric, shown, colours, view));
+}
+
+// ---- a plot over steps; where the reader enlarges it, it is drawn again with all points that there are
+
+const enlarged = {}; // by the plot's id: both axes' ranges, and what they are ranges of
+
+function drawSteps(id, y, again, tracesIn) {
+  const axes = JSON.stringify([state.x, y, state.log]);
+  if (enlarged[id]?.axes !== axes) delete enlarged[id];
+  const view = enlarged[id];
+  const data = tracesIn(view?.x);
+  $(id).axes = axes;
+  draw(id, data, {
+    x: state.x === "step" ? "optimizer step" : "tokens", y, log: state.log, range: view ? null : usual(data), doubleClick: false,
+    xaxis: { rangemode: "nonnegative", ...(view && { range: view.x }) }, yaxis: view ? { range: view.y } : {},
+  });
+  if ($(id).followed) return;
+  $(id).followed = true;
+  $(id).on("plotly_relayout", (change) => {
+    if (!Object.keys(change).some((key) => /^[xy]axis\.range/.test(key))) return;
+    const { xaxis, yaxis } = $(id).layout;
+    enlarged[id] = { axes: $(id).axes, x: [...xaxis.range], y: [...yaxis.range] };
+    again();
+  });
+  $(id).on("plotly_doubleclick", () => {
+    delete enlarged[id];
+    again();
+  });
 }
 
 /** The range of y without the few values of a run that diverges, which would flatten all else; null: all of it. */

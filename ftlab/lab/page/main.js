@@ -1,41 +1,65 @@
 // Puts the page together, and redraws what a choice changes.
 
-const DRAWINGS = {
-  order: [() => drawTable(changed), drawSamples],
-  chosen: [() => drawTable(changed), drawLegend, drawCurves, drawScatter, drawParallel, drawFronts, drawSamples],
+const HAS_SEEDS = DATA.seeds !== null;
+const table = () => drawTable(changed);
+const REDRAWN = {
+  order: [table, drawSamples],
+  chosen: [table, drawLegend, drawCurves, drawScatter, drawParallel, drawFronts, drawSamples],
   curves: [drawCurves],
-  colours: [() => drawTable(changed), drawLegend, drawCurves, drawScatter, drawFronts, drawSamples],
+  colours: [table, drawLegend, drawCurves, drawScatter, drawFronts, drawSamples],
   parameters: [drawScatter],
   seeds: [drawDifferences],
   sample: [drawSamples],
+  all: [table, drawLegend, drawCurves, drawScatter, drawParallel, ...(HAS_SEEDS ? [drawIntervals, drawDifferences] : []), drawFronts, drawSamples],
 };
-const HAS_SEEDS = DATA.seeds !== null;
 
 function changed(what) {
   state.off = [...off];
   remember();
-  for (const drawing of DRAWINGS[what]) drawing();
   pressed();
+  redraw(REDRAWN[what]);
 }
+
+// ---- what is on the screen is drawn at once, the rest as soon as the browser has nothing else to do
+
+// Where the drawings are that take their time; all others are drawn at once.
+const PLACES = new Map([[drawCurves, "curves"], [drawScatter, "scatter"], [drawParallel, "parallel"], [drawIntervals, "intervals"], [drawFronts, "tradeoffs"]]);
+const due = new Set();
+const soonIdle = window.requestIdleCallback ? (work) => requestIdleCallback(work, { timeout: 500 }) : (work) => setTimeout(work, 30);
+
+function redraw(drawings) {
+  for (const drawing of drawings) due.add(drawing);
+  delete document.documentElement.dataset.complete;
+  for (const drawing of due) if (isOnScreen(PLACES.get(drawing))) drawDue(drawing);
+  soonIdle(drawOneMore);
+}
+
+function drawOneMore() {
+  const [next] = due;
+  if (next) drawDue(next);
+  if (due.size) soonIdle(drawOneMore);
+  else document.documentElement.dataset.complete ??= milliseconds();
+}
+
+function drawDue(drawing) {
+  due.delete(drawing);
+  drawing();
+}
+
+function isOnScreen(id) {
+  if (!id) return true;
+  const { top, bottom } = $(id).getBoundingClientRect();
+  return top < innerHeight && bottom > 0;
+}
+
+/** Since the page began to load. */
+const milliseconds = () => String(Math.round(performance.now()));
+
+addEventListener("beforeprint", () => due.forEach(drawDue));
 
 function pressed() {
   document.querySelectorAll("[data-status]").forEach((chip) => chip.setAttribute("aria-pressed", !state.hidden.includes(chip.dataset.status)));
   for (const id of ["training", "validation"]) $(id).setAttribute("aria-pressed", state[id]);
-}
-
-function drawAll() {
-  drawTable(changed);
-  drawLegend();
-  drawCurves();
-  drawScatter();
-  drawParallel();
-  drawFronts();
-  if (HAS_SEEDS) {
-    drawIntervals();
-    drawDifferences();
-  }
-  drawSamples();
-  pressed();
 }
 
 // ---- controls
@@ -130,7 +154,7 @@ function best(n) {
 function retheme() {
   remember();
   applyTheme();
-  drawAll();
+  redraw(REDRAWN.all);
 }
 
 function sections() {
@@ -164,6 +188,7 @@ drawTiles();
 drawFailures();
 sections();
 wire();
-drawAll();
+pressed();
+redraw(REDRAWN.all);
 keepFresh();
-document.documentElement.dataset.drawn = String(Math.round(performance.now())); // milliseconds after the page began to load
+document.documentElement.dataset.drawn = milliseconds(); // what is on the screen

@@ -102,9 +102,12 @@ const isDark = () => (state.theme ?? (systemDark.matches ? "dark" : "light")) ==
 function applyTheme() {
   document.documentElement.dataset.theme = isDark() ? "dark" : "light";
   $("theme").textContent = isDark() ? "☀ light" : "☾ dark";
+  const style = getComputedStyle(document.documentElement);
+  for (const name of ["text", "muted", "line", "card", "accent"]) COLOURS[name] = style.getPropertyValue(`--${name}`).trim();
 }
 
-const cssColour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const COLOURS = {}; // of the theme; asked for once, because a browser works out the whole page's style to tell one
+const cssColour = (name) => COLOURS[name];
 
 // Okabe and Ito's colours, which colour-blind readers tell apart, adjusted to each ground; viridis where order matters.
 const CATEGORIES = {
