@@ -102,7 +102,8 @@ def test_recomputation_repeats_packed_attention_to_the_bit(mode):
 def test_a_row_that_is_one_document_is_an_ordinary_row():
     model = initialised(small())
     tokens = torch.arange(2 * N_TOKENS).view(2, N_TOKENS) % 61
-    assert torch.equal(model(tokens, doc_ids=torch.zeros_like(tokens)), model(tokens))
+    packed = model(tokens, doc_ids=torch.zeros_like(tokens))
+    torch.testing.assert_close(packed, model(tokens), rtol=0, atol=1e-6)  # several threads add in another order
 
 
 def test_positions_begin_anew_in_every_document():
