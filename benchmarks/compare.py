@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftlab.assembly import read_data
+from ftlab.assembly.data import read_data
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.samples import Samples

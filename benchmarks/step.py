@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ftlab.assembly import assemble_run, random_weights
+from ftlab.assembly.model import random_weights
+from ftlab.assembly.run import assemble_run
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.batch import Pack, Sample

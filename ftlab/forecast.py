@@ -9,12 +9,11 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from ftlab.config.build import build
+from ftlab.config.build import Config, build
 from ftlab.config.check import compose_config
 from ftlab.distributed.base import Workers
 from ftlab.distributed.fsdp import HSDP
@@ -23,7 +22,6 @@ from ftlab.models.config import ModelConfig
 from ftlab.training.metrics import GIB, peak_memory_gib
 from ftlab.training.rehearse import Rehearsal, Shapes, rehearse
 
-Config = dict[str, Any]
 log = logging.getLogger(__name__)
 
 CLEAR_EXCESS = 1.1  # refused above: what is live at once is known exactly, what else wants memory is not

@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from ftlab.assembly import Config, Experiment, assemble
-from ftlab.config.build import build
+from ftlab.assembly.experiment import Experiment, assemble
+from ftlab.config.build import Config, build
 from ftlab.config.layers import leaves
 from ftlab.config.rules import override
 from ftlab.distributed.board import RankError

@@ -9,7 +9,9 @@ from typing import Any
 
 from benchmarks.peers.pacer import Pacer
 from benchmarks.peers.rows import probe, read_rows
-from ftlab.assembly import assemble_run, read_data, weights_in
+from ftlab.assembly.data import read_data
+from ftlab.assembly.model import weights_in
+from ftlab.assembly.run import assemble_run
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.distributed.env import WorkerEnv

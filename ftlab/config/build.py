@@ -8,6 +8,8 @@ from typing import Any
 
 from ftlab.config.targets import CONTROL, locate, nodes, parameter_name
 
+Config = dict[str, Any]  # composed, resolved, in plain containers
+
 
 def build(node: Mapping[str, Any], **runtime: Any) -> Any:
     """Build what ``node["_target_"]`` names from the node's other keys; nodes inside it are built first.

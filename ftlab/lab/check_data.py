@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ftlab.assembly import beside_checkpoint, read_data
+from ftlab.assembly.data import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.base import TrainingData

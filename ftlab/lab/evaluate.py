@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ftlab.assembly import read_data
+from ftlab.assembly.data import read_data
 from ftlab.config.build import build
 from ftlab.config.resume import overlaid
 from ftlab.data.samples import JoinedSamples, Samples

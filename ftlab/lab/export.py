@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ftlab.assembly import build_model, weights_of, with_vocabulary
+from ftlab.assembly.model import build_model, weights_of, with_vocabulary
 from ftlab.config.build import build
 from ftlab.config.resume import upgraded
 from ftlab.config.stored import stored_config

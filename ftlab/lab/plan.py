@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ftlab.assembly import read_data
-from ftlab.config.build import build
+from ftlab.assembly.data import read_data
+from ftlab.config.build import Config, build
 from ftlab.config.check import compose_config
 from ftlab.data.base import TrainingData
 from ftlab.data.tokenizers import Tokenizer
@@ -21,8 +21,6 @@ from ftlab.models.layouts import described_sizes
 from ftlab.models.resize import fit_vocabulary
 from ftlab.training.loop import TrainerConfig
 from ftlab.training.metrics import GIB, training_flops
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftlab.assembly import beside_checkpoint, read_data
+from ftlab.assembly.data import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.config.stored import stored_config
 from ftlab.data.batch import Sample

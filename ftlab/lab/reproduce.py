@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ftlab.assembly import beside_checkpoint, read_data
+from ftlab.assembly.data import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.config.resolvers import claim_folder, fresh_folder

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlab.assembly import build_model, weights_in, weights_of, with_vocabulary
+from ftlab.assembly.model import build_model, weights_in, weights_of, with_vocabulary
 from ftlab.config.build import build
 from ftlab.config.resume import upgraded
 from ftlab.config.stored import stored_config

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ftlab.assembly import assemble
-from ftlab.config.build import build
+from ftlab.assembly.experiment import assemble
+from ftlab.config.build import Config, build
 from ftlab.config.check import compose_config
 from ftlab.distributed.base import Parallelism, Workers
 from ftlab.distributed.env import WorkerEnv, pick_device
@@ -27,7 +27,6 @@ from ftlab.loggers.recorder import Recorder
 from ftlab.outputs.folder import RunFolder
 from ftlab.training.loop import remaining_steps, train_step
 
-Config = dict[str, Any]
 REFERENCE = "single"
 
 # Relative. float32 sums in another order differ by about 1e-7 each; 16-bit arithmetic rounds at 1/256 (bfloat16).

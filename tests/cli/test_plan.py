@@ -99,8 +99,8 @@ def test_the_table_and_the_json_say_the_same(capsys):
 
 
 def test_a_run_that_clearly_cannot_fit_is_refused_before_its_weights_are_made(tiny_run, monkeypatch):
-    monkeypatch.setattr("ftlab.assembly.available_bytes", lambda *_: 2**20)
-    monkeypatch.setattr("ftlab.assembly.build_model", lambda *_, **__: pytest.fail("weights were made"))
+    monkeypatch.setattr("ftlab.assembly.memory.available_bytes", lambda *_: 2**20)
+    monkeypatch.setattr("ftlab.assembly.run.build_model", lambda *_, **__: pytest.fail("weights were made"))
     run = tiny_run("trainer.max_steps=1")
     assert run.exit_code == 2
     message = run.json("run.json")["error"]["message"]

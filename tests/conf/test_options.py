@@ -119,10 +119,8 @@ def attributes_read() -> frozenset[str]:
 @cache
 def subscripts_read() -> frozenset[str]:
     """Every ``x`` in ``config["x"]`` that the composition root reads: run.py and what was taken out of it."""
-    trees = [
-        ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
-        for name in ("run.py", "assembly.py", "session.py", "jobs.py")
-    ]
+    files = [*(PACKAGE / name for name in ("run.py", "session.py", "jobs.py")), *(PACKAGE / "assembly").iterdir()]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files if file.suffix == ".py"]
     found = (
         n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Load)
     )

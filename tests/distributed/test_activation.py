@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftlab.assembly import build_model, random_weights
+from ftlab.assembly.model import build_model, random_weights
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.distributed.activation import require_a_gpu

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ftlab.assembly import build_model, random_weights
+from ftlab.assembly.model import build_model, random_weights
 from ftlab.data.batch import Sample
 from ftlab.distributed.base import Strategy
 from ftlab.distributed.env import WorkerEnv

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ftlab.assembly import assemble_run, random_weights
+from ftlab.assembly.model import random_weights
+from ftlab.assembly.run import assemble_run
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.batch import Sample

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftlab.assembly import build_model, weights_in
+from ftlab.assembly.model import build_model, weights_in
 from ftlab.distributed.env import WorkerEnv
 from ftlab.models.weights import load_weights
 from tests.distributed.harness import run_ranks

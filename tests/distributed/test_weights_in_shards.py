@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ftlab.assembly import build_model, random_weights, weights_in
+from ftlab.assembly.model import build_model, random_weights, weights_in
 from ftlab.distributed.base import Strategy
 from ftlab.distributed.env import WorkerEnv, keep_freed_memory
 from ftlab.models.meta_layout import meta_names

@@ -26,7 +26,7 @@ import torch.distributed.fsdp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-import ftlab.assembly
+import ftlab.assembly.run
 import ftlab.data.tiny
 import ftlab.distributed.ddp
 import ftlab.distributed.fsdp
@@ -197,7 +197,7 @@ class Rank:
         # Slow, and nothing that a kill could harm.
         _put(ftlab.loggers.recorder, "draw_plots", lambda folder: [])
         _put(ftlab.outputs.folder, "code_state", lambda: {"commit": None, "dirty": None})
-        _put(ftlab.assembly, "peak_flops", lambda *_: 1e12)
+        _put(ftlab.assembly.run, "peak_flops", lambda *_: 1e12)
 
 
 def _put(module: Any, name: str, value: Any) -> None:

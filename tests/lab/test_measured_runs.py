@@ -70,7 +70,7 @@ def test_other_rows_and_worked_answers_are_measured_as_transformers_does(run, tm
     assert found["scores"]["exact_match"] == 0.0  # two tokens hold no worked answer
     assert found["scores"]["perplexity"] == pytest.approx(math.exp(found["scores"]["loss"]))
 
-    from ftlab.assembly import read_data
+    from ftlab.assembly.data import read_data
     from ftlab.config.resume import overlaid
     from ftlab.lab.trained import open_trained
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftlab.assembly import build_model, random_weights, weights_in
+from ftlab.assembly.model import build_model, random_weights, weights_in
 from ftlab.data.batch import Sample
 from ftlab.data.loader import BatchLoader
 from ftlab.data.weights import rounded

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ftlab.assembly import build_model, random_weights
+from ftlab.assembly.model import build_model, random_weights
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.distributed.precision import Float8

@@ -144,7 +144,7 @@ def test_any_number_of_ranks_see_together_what_one_does(tmp_path_factory, window
             "seed=3",
         ]
     )
-    from ftlab.assembly import read_data
+    from ftlab.assembly.data import read_data
 
     data = read_data(config, ByteTokenizer())
     alone = dealt(data, epoch, global_batch_size=global_batch_size)

@@ -1,0 +1,98 @@
+"""What the loop needs, from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from ftlab.assembly.data import is_packed
+from ftlab.assembly.model import Fill, build_model
+from ftlab.config.build import Config, build
+from ftlab.data.loader import BatchLoader
+from ftlab.distributed.base import Strategy
+from ftlab.distributed.env import WorkerEnv, keep_freed_memory, peak_flops
+from ftlab.distributed.precision import Precision
+from ftlab.models.auto import AnyModelConfig
+from ftlab.models.compiled import compile_blocks
+from ftlab.optim.groups import decay_groups
+from ftlab.training import rng
+from ftlab.training.evaluate import Evaluator
+from ftlab.training.guard import StepGuard
+from ftlab.training.loop import Run, TrainerConfig
+from ftlab.training.metrics import training_flops
+from ftlab.training.state import TrainState
+
+
+def assemble_run(
+    config: Config,
+    model_config: AnyModelConfig,
+    fill: Fill,
+    deal: Callable[..., BatchLoader],
+    evaluator: Evaluator | None,
+    log: Callable[[Mapping[str, float], int], None],
+    worker: WorkerEnv,
+    global_batch_size: int | None = None,
+) -> Run:
+    """What the loop needs to train ``model_config`` as ``config`` says.
+
+    Args:
+        fill: gives the parameters their values.
+        deal: makes the loader of one rank (``TrainingData.loader``).
+        global_batch_size: of a run that goes on, which fixes the order of its rows; null: the configuration's.
+    """
+    rng.seed(config["seed"])
+    trainer: TrainerConfig = build(config["trainer"])
+    precision: Precision = build(config["precision"])
+    if worker.device.type == "cpu":
+        keep_freed_memory()
+    strategy: Strategy = build(config["parallelism"])
+    parallel = strategy.start(worker, precision)
+    if global_batch_size is not None:
+        trainer = trainer.with_global_batch_size(global_batch_size, parallel.dp_size)
+    trainer.require_one_micro_batch(parallel.dp_size)
+    loader = deal(
+        batch_size=trainer.batch_size,
+        gradient_accumulation_steps=trainer.accumulation_steps(parallel.dp_size),
+        dp_rank=parallel.dp_rank,
+        dp_size=parallel.dp_size,
+    )
+    model = build_model(model_config, fill, precision, parallel)
+    if config["compile"]:
+        compile_blocks(model, varying=not is_packed(config))
+    optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
+    schedule = build(config["scheduler"], total_steps=trainer.total_steps(loader.steps_per_epoch))
+    scaler = precision.grad_scaler(parallel.device)
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+        scaler=scaler,
+        guard=StepGuard(
+            optimizer, scaler, parallel, max_skipped=trainer.max_skipped_steps, spike_sigma=trainer.spike_sigma
+        ),
+    )
+    return Run(
+        trainer=trainer,
+        state=state,
+        loader=loader,
+        loss=build(config["loss"]),
+        precision=precision,
+        parallel=parallel,
+        evaluator=evaluator,
+        log=log,
+        step_flops=_flops_counter(model_config),
+        peak_flops=peak_flops(parallel.device, precision.compute),
+    )
+
+
+def _flops_counter(model: AnyModelConfig) -> Callable[[list[int]], float]:
+    """FLOPs of one forward and backward, as a function of the real lengths of the sequences."""
+    assert model.head_dim is not None  # ModelConfig resolved it
+    return partial(
+        training_flops,
+        model.n_matmul_params(),
+        model.n_layers,
+        model.n_heads * model.head_dim,
+    )
