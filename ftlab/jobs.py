@@ -19,17 +19,8 @@ from ftlab.config.build import build
 from ftlab.distributed.base import Workers
 from ftlab.distributed.board import RankError
 from ftlab.distributed.env import WorkerEnv, share_cores
-from ftlab.distributed.launch import (
-    Jobs,
-    attempt,
-    first_failure,
-    job_store,
-    last_word,
-    leave,
-    meet,
-    n_local_workers,
-    start_workers,
-)
+from ftlab.distributed.launch import first_failure, last_word, leave, n_local_workers, start_workers
+from ftlab.distributed.meeting import Jobs, attempt, job_store, meet
 from ftlab.distributed.started import group_of_this_process, leads
 from ftlab.errors import ConfigError, Interrupted
 from ftlab.outputs.folder import RunFolder

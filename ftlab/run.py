@@ -19,10 +19,7 @@ from ftlab.config.layers import leaves
 from ftlab.config.rules import override
 from ftlab.distributed.board import RankError
 from ftlab.distributed.env import WorkerEnv
-from ftlab.distributed.launch import (
-    Team,
-    meet_team,
-)
+from ftlab.distributed.meeting import Team, meet_team
 from ftlab.errors import OF_THE_DISK, ConfigError, ConfigErrors, FtlabError, Interrupted, kind_of
 from ftlab.loggers.base import Logger
 from ftlab.loggers.pruning import Pruning

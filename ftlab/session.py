@@ -10,10 +10,7 @@ from typing import Any
 import torch
 
 from ftlab.distributed.env import WorkerEnv
-from ftlab.distributed.launch import (
-    Team,
-    attempt,
-)
+from ftlab.distributed.meeting import Team, attempt
 from ftlab.errors import CheckpointError
 from ftlab.outputs.folder import RunFolder, read_record
 from ftlab.storage.addresses import Address, candidates, find_run

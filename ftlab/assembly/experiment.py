@@ -16,7 +16,7 @@ from ftlab.data.stream import Stream
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.activation import require_a_gpu
 from ftlab.distributed.env import WorkerEnv, describe_device
-from ftlab.distributed.launch import Team
+from ftlab.distributed.meeting import Team
 from ftlab.errors import ConfigError, DataError
 from ftlab.forecast import MemoryMeter
 from ftlab.loggers.base import RunInfo

@@ -7,7 +7,7 @@ import logging
 from ftlab.config.build import Config
 from ftlab.data.base import TrainingData
 from ftlab.distributed.env import WorkerEnv, describe_device
-from ftlab.distributed.launch import Team
+from ftlab.distributed.meeting import Team
 from ftlab.forecast import Setting, available_bytes, forecast_or_none, refuse_unfit, with_batch_size
 from ftlab.models.auto import AnyModelConfig
 from ftlab.models.config import ModelConfig

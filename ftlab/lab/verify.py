@@ -20,7 +20,8 @@ from ftlab.config.build import Config, build
 from ftlab.config.check import compose_config
 from ftlab.distributed.base import Parallelism, Workers
 from ftlab.distributed.env import WorkerEnv, pick_device
-from ftlab.distributed.launch import leave, meet, meet_team, start_workers
+from ftlab.distributed.launch import leave, start_workers
+from ftlab.distributed.meeting import meet, meet_team
 from ftlab.distributed.started import group_of_this_process
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.loggers.recorder import Recorder

@@ -33,7 +33,7 @@ from ftlab.data.jinja_template import JinjaTemplate
 from ftlab.data.problems import Problem
 from ftlab.data.tokenizers.chat import render_chat
 from ftlab.data.tokenizers.huggingface import HuggingFaceTokenizer
-from ftlab.distributed.launch import loopback_store
+from ftlab.distributed.meeting import loopback_store
 from ftlab.errors import ConfigError, ConfigErrors, DataError, FtlabError
 from ftlab.lab.ask import ask
 from ftlab.lab.export import export
