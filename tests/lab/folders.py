@@ -48,7 +48,8 @@ def make_run(
         node[last] = value
     config["paths"]["output_dir"] = str(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    written: dict[str, Any] = {"id": folder.name, "status": "completed", "started": "2026-11-25T01:00:00+00:00", "error": None}
+    written: dict[str, Any] = {"id": folder.name, "status": "completed", "error": None}
+    written |= {"started": "2026-11-25T01:00:00+00:00"}
     written |= {"name": config["run_name"], "seed": config["seed"], "metrics": final, **record}
     (folder / "run.json").write_text(json.dumps(written))
     for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
