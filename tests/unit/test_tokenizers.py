@@ -7,10 +7,13 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from ftlab.data.build_tiny_tokenizer import train_model
 from ftlab.data.templates import AlpacaTemplate
 from ftlab.data.tokenizers import TINY_MODEL, ByteTokenizer, SentencePieceTokenizer
+from ftlab.data.tokenizers.heads import shared_heads
+from ftlab.data.tokenizers.sentencepiece_model import parts_lines
 from ftlab.errors import ConfigError
 
 # NUL ends a string inside SentencePiece, "▁" is its own sign for a space; "<" could spell a special token, which
@@ -51,6 +54,37 @@ def test_a_batch_is_encoded_as_its_texts_are(tokenizer):
     assert tokenizer.encode_batch(texts, bos=True, eos=True) == [
         tokenizer.encode(text, bos=True, eos=True) for text in texts
     ]
+
+
+beginnings = st.lists(
+    st.text(alphabet="ab ▁\n\t#ż😀", min_size=20, max_size=60).map(lambda text: text + "\n"), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(heads=beginnings, tails=st.lists(st.text(alphabet="ab ▁\n:'é😀") | plain_text, min_size=8, max_size=40))
+def test_texts_that_begin_alike_have_the_tokens_that_each_has_alone(tokenizer, heads, tails):
+    texts = [heads[i % len(heads)] + tail for i, tail in enumerate(tails)]
+    together = tokenizer.encode_batch(texts, bos=False, eos=False)
+    assert together == [tokenizer.encode(text, bos=False, eos=False) for text in texts]
+
+
+def test_common_beginnings_are_found_and_end_with_a_line_feed():
+    head, other = "The same words in each.\n\n### Instruction:\n", "Quite another beginning:\n"
+    texts = [(head if i % 3 else other) + f"{i}\nanswer" for i in range(300)]
+    assert shared_heads(texts) == [head, other]
+    assert shared_heads([f"{i}{head}" for i in range(300)]) == []
+    assert shared_heads([]) == []
+    assert shared_heads(["\0" + text for text in texts]) == [], "NUL ends a text inside SentencePiece"
+
+
+def test_a_vocabulary_that_joins_line_feeds_is_not_cut_at_them():
+    spec = sentencepiece_model_pb2.ModelProto.FromString(TINY_MODEL.read_bytes())
+    assert parts_lines(spec)
+    spec.pieces[300].piece = "a\n"
+    assert not parts_lines(spec)
+    spec.pieces[300].piece, spec.trainer_spec.byte_fallback = "a", False
+    assert not parts_lines(spec)
 
 
 def test_text_that_spells_eos_does_not_become_eos(tokenizer):

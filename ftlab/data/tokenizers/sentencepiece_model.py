@@ -22,6 +22,7 @@ from ftlab.data.cores import n_cores
 from ftlab.data.tokenizers.base import TOKENIZER_JSON, begin_with_bos, save_for_transformers
 from ftlab.data.tokenizers.chat import read_chat_template
 from ftlab.data.tokenizers.files import KEY, MODEL_FILE, find_file, read_bytes
+from ftlab.data.tokenizers.heads import LINE_FEED, encode_with_heads
 from ftlab.data.tokenizers.ranks import is_rank_file
 from ftlab.errors import ConfigError
 
@@ -56,6 +57,7 @@ class SentencePieceTokenizer:
         self.specials = {piece.piece: i for i, piece in enumerate(pieces) if piece.type == piece.CONTROL}
         self.token_bytes = np.asarray([_n_bytes(piece) for piece in pieces], dtype=np.int32)
         self.chat_template = read_chat_template(file.parent)
+        self._parts_lines = parts_lines(self._spec)
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         """Token ids of ``text``; BOS and EOS only where asked for."""
@@ -63,7 +65,11 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, bos: bool, eos: bool) -> list[list[int]]:
         """``encode`` over many texts, on all the cores this process may use."""
-        return self._processor.encode(list(texts), add_bos=bos, add_eos=eos, num_threads=n_cores())
+
+        def encode(texts: Sequence[str]) -> list[list[int]]:
+            return self._processor.encode(list(texts), add_bos=bos, add_eos=eos, num_threads=n_cores())
+
+        return encode_with_heads(encode, texts) if self._parts_lines and not bos and not eos else encode(texts)
 
     def encode_after_special(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` over many texts: a word begins after a control piece as it does at the beginning."""
@@ -139,6 +145,12 @@ def _require_exportable(spec: Any, file: Path) -> None:
             f"{file} cannot be used: {problem}, and would not export with the same ids",
             f"tokenizer=huggingface {KEY}=/path/to/a folder with the model's {TOKENIZER_JSON}",
         )
+
+
+def parts_lines(spec: Any) -> bool:
+    """Whether no token holds a line feed and what stands beside it; unknown characters side by side are one token."""
+    of_bytes = spec.trainer_spec.byte_fallback and not spec.trainer_spec.treat_whitespace_as_suffix
+    return of_bytes and not any(LINE_FEED in piece.piece and piece.piece != LINE_FEED for piece in spec.pieces)
 
 
 def _n_bytes(piece: Any) -> int:
