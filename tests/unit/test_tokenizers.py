@@ -85,6 +85,8 @@ def test_a_vocabulary_that_joins_line_feeds_is_not_cut_at_them():
     assert not parts_lines(spec)
     spec.pieces[300].piece, spec.trainer_spec.byte_fallback = "a", False
     assert not parts_lines(spec)
+    spec.trainer_spec.byte_fallback, spec.normalizer_spec.remove_extra_whitespaces = True, True
+    assert not parts_lines(spec)
 
 
 def test_text_that_spells_eos_does_not_become_eos(tokenizer):

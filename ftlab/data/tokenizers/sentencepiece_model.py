@@ -148,7 +148,11 @@ def _require_exportable(spec: Any, file: Path) -> None:
 
 
 def parts_lines(spec: Any) -> bool:
-    """Whether no token holds a line feed and what stands beside it; unknown characters side by side are one token."""
+    """Whether no token holds a line feed and what stands beside it; unknown characters side by side are one token, and
+    a normaliser may make a line feed and its neighbours anything."""
+    normaliser = spec.normalizer_spec
+    if normaliser.precompiled_charsmap or normaliser.remove_extra_whitespaces:
+        return False
     of_bytes = spec.trainer_spec.byte_fallback and not spec.trainer_spec.treat_whitespace_as_suffix
     return of_bytes and not any(LINE_FEED in piece.piece and piece.piece != LINE_FEED for piece in spec.pieces)
 
