@@ -31,7 +31,7 @@ from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity
 from ftlab.training.guard import StepGuard
 from ftlab.training.state import TrainState
 
-IDENTITY = Identity(run="benchmark", config={}, config_hash="", data="", tokenizer="", global_batch_size=1)
+IDENTITY = Identity(run="benchmark", config={}, config_hash="", data="", tokenizer="", end_ids=[], global_batch_size=1)
 
 
 class Weights(nn.Module):

@@ -293,6 +293,7 @@ def _export(experiment: Experiment, recorder: Recorder) -> None:
             dtype=run.precision.weights,
             precision=run.precision,
             parallel=run.parallel,
+            end_ids=experiment.end_ids,
             about={"run": folder.run_id, "step": progress.step},
             card=model_card(experiment.info(folder, 0), progress, recorder.latest, commit=experiment.commit),
         )

@@ -25,6 +25,7 @@ from ftlab.models.attention import kernel_name
 from ftlab.models.auto import AnyModelConfig, find_model
 from ftlab.models.config import ModelConfig
 from ftlab.models.hub import commit_of
+from ftlab.models.resize import end_ids
 from ftlab.outputs.files import shortest
 from ftlab.outputs.folder import RunFolder
 from ftlab.outputs.secrets import mask_secrets
@@ -49,6 +50,7 @@ class Experiment:
     data: TrainingData
     commit: str | None  # of the repository on the Hub that the weights came from
     run: Run
+    end_ids: list[int]  # of tokens that end an answer
     predicted: Rehearsal | None
     meter: MemoryMeter
 
@@ -81,6 +83,7 @@ class Experiment:
                 config_hash=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
                 data=self.data.fingerprint,
                 tokenizer=self.tokenizer.fingerprint,
+                end_ids=self.end_ids,
                 global_batch_size=run.loader.global_batch_size,
             ),
             metric=(metric, less_is_better(metric)),
@@ -161,12 +164,15 @@ def assemble(
         raise DataError(f"dataset: this machine's samples ({data.fingerprint}) are not rank 0's ({fingerprint})")
     if opened is not None and goes_on:
         require_same_inputs(opened, data, tokenizer)
+    ends = opened.end_ids if opened is not None else []
+    ends = ends or end_ids(pretrained, tokenizer.eos_id)
     evaluator = None
     if data.validation is not None:
         evaluator = Evaluator(
             config=build(config["evaluation"]),
             validation=data.validation,
             tokenizer=tokenizer,
+            end_ids=ends,
             loss=replace(build(config["loss"]), label_smoothing=0.0, z_loss=0.0),
             on_samples=recorder.log_samples,
         )
@@ -203,6 +209,7 @@ def assemble(
         commit=commit,
         data=data,
         run=run,
+        end_ids=ends,
         predicted=predicted,
         meter=meter,
     )

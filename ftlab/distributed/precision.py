@@ -81,11 +81,11 @@ class Float8(Precision):
     emulated: bool
 
     def require(self, device: torch.device) -> None:
-        _torchao()
         if not self.emulated and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
             problem = f"fp8 needs a GPU with float8 matrix products (compute capability 8.9, Hopper), this is {name}"
             raise ConfigError("precision", problem, "precision=bf16_mixed")
+        _torchao()  # after what no package can mend
 
     def prepare(self, model: nn.Module) -> None:
         float8 = _torchao()

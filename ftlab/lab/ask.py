@@ -39,7 +39,7 @@ def ask(address: str, instruction: str, *, input: str, on_text: Callable[[str], 
     prompt = encoder.prompt([Message("user", instruction, False, input)])
     with torch.no_grad(), trained.precision.autocast(trained.parallel.device):
         generate(
-            trained.model, [prompt], eos_id=tokenizer.eos_id, on_token=lambda _, token: text.add(token), **sampling
+            trained.model, [prompt], end_ids=trained.end_ids, on_token=lambda _, token: text.add(token), **sampling
         )
     return text.close()
 

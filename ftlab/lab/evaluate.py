@@ -83,6 +83,7 @@ def _evaluate(address: str, overrides: list[str]) -> Evaluation:
         config=evaluation,
         validation=rows,
         tokenizer=trained.tokenizer,
+        end_ids=trained.end_ids,
         loss=CrossEntropy(label_smoothing=0.0, z_loss=0.0),
         on_samples=lambda some, _: samples.extend(some),
         by_number=True,

@@ -64,6 +64,7 @@ def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
         dtype=files.weights,
         precision=plain,
         parallel=parallel,
+        end_ids=opened.end_ids or [tokenizer.eos_id],
         about={"run": manifest.run, "step": manifest.step, "checkpoint": manifest.digest},
         card=_card(run, opened, trained) if layout == "hf" else None,
         layout=layout,

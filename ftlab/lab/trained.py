@@ -16,6 +16,7 @@ from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
 from ftlab.models.auto import AnyModel, as_exported, find_model
+from ftlab.models.resize import end_ids
 from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
 from ftlab.storage.addresses import OUTPUTS, candidates, find_run
@@ -28,6 +29,7 @@ class Trained:
     """A model out of a run's folder, in one process.
 
     Attributes:
+        end_ids: tokens that end an answer.
         step: optimizer steps that it was trained for; None where that is not known.
         source: what the weights were read from.
     """
@@ -38,6 +40,7 @@ class Trained:
     model: AnyModel
     precision: Precision
     parallel: OneRank
+    end_ids: list[int]
     step: int | None
     source: Path
 
@@ -73,6 +76,7 @@ def open_trained(address: str, device: str | None = None) -> Trained:
         ),
         precision=precision,
         parallel=parallel,
+        end_ids=opened.end_ids or [tokenizer.eos_id],
         step=found.step,
         source=found.path,
     )
@@ -88,14 +92,16 @@ def _exported(run: Path, device: str | None) -> Trained:
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(device or config["device"]))
     # Its own copy of the tokenizer; one that needs no file has no path.
-    tokenizer = config["tokenizer"] | ({"path": str(export)} if "path" in config["tokenizer"] else {})
+    own = {"path": str(export)} if "path" in config["tokenizer"] else {}
+    tokenizer: Tokenizer = build(config["tokenizer"] | own)
     return Trained(
         run=run,
         config=config,
-        tokenizer=build(tokenizer),
+        tokenizer=tokenizer,
         model=build_model(as_exported(build(config["model"]), export), weights_in(export), precision, parallel),
         precision=precision,
         parallel=parallel,
+        end_ids=end_ids(export, tokenizer.eos_id),
         step=_steps(run),
         source=export,
     )

@@ -75,11 +75,30 @@ def compare_specials(folder: Path, bos_id: int | None, eos_id: int) -> list[str]
     return differing
 
 
+def end_ids(folder: Path | None, eos_id: int) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS, then the others that the weights' own files name.
+
+    Instruction-tuned models list several (Llama 3: ``<|eot_id|>``, ``<|eom_id|>``, ``<|end_of_text|>``), and may use
+    any. generation_config.json decides, as it does for transformers; config.json where that names none.
+
+    Args:
+        folder: of the weights; None for random ones.
+    """
+    named: list[int] = []
+    for file in ("generation_config.json", "config.json"):
+        named = named or (list(_ids_in(folder / file, "eos_token_id")) if folder is not None else [])
+    return list(dict.fromkeys([eos_id, *named]))
+
+
 def _described_ids(folder: Path, key: str) -> Iterator[int]:
     for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            value = read_json_object(folder / name).get(key)
-            yield from value if isinstance(value, list) else [] if value is None else [value]
+        yield from _ids_in(folder / name, key)
+
+
+def _ids_in(file: Path, key: str) -> Iterator[int]:
+    if file.is_file():
+        value = read_json_object(file).get(key)
+        yield from value if isinstance(value, list) else [] if value is None else [value]
 
 
 def with_new_rows(layout: Layout, new_ids: range, n_rows: int) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -163,7 +163,7 @@ def export_weights(
     *,
     dtype: torch.dtype,
     bos_id: int | None,
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     pad_id: int | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -178,7 +178,7 @@ def export_weights(
         model: the weights to write, whole or sharded; tied heads are left out, as transformers expects.
         folder: created if absent.
         dtype: of the files' tensors.
-        bos_id, eos_id, pad_id: the tokenizer's, for whoever generates with the folder.
+        bos_id, eos_id, pad_id: for whoever generates with the folder; several that end an answer are a list there.
         max_shard_bytes: largest file; a single larger tensor still gets a file of its own.
     """
     names = model.hf_names()

@@ -65,6 +65,7 @@ class Identity:
         run: the run's id.
         config: resolved, secrets masked, and its sha256.
         data, tokenizer: fingerprints of what it trains on and with.
+        end_ids: tokens that end an answer, as the weights that it began with say.
         global_batch_size: samples per optimizer step, which the data cursor counts in.
     """
 
@@ -73,6 +74,7 @@ class Identity:
     config_hash: str
     data: str
     tokenizer: str
+    end_ids: list[int]
     global_batch_size: int
 
 
@@ -236,6 +238,7 @@ class Checkpointer:
             "config": identity.config,
             "data": identity.data,
             "tokenizer": identity.tokenizer,
+            "end_ids": identity.end_ids,
             "ranks": self._parallel.dp_size,
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import islice
@@ -58,6 +58,7 @@ class Evaluator:
     """Evaluates a model on the run's validation rows.
 
     Attributes:
+        end_ids: tokens that end an answer.
         loss: plain cross-entropy, whatever the training loss adds, so that ``val/loss`` compares across runs.
         on_samples: takes the generated samples and the step they belong to.
         by_number: whether references that end in a number (`final_number`) are verifiable by it; a training run
@@ -67,6 +68,7 @@ class Evaluator:
     config: EvaluationConfig
     validation: Samples | JoinedSamples
     tokenizer: Tokenizer
+    end_ids: Collection[int]
     loss: Loss
     on_samples: Callable[[list[Sample], int], None]
     by_number: bool = False
@@ -136,7 +138,7 @@ class Evaluator:
             model,
             [dataset.prompt_tokens(i) for i in mine],
             max_new_tokens=self.config.max_new_tokens,
-            eos_id=self.tokenizer.eos_id,
+            end_ids=self.end_ids,
             temperature=0.0,
             top_p=1.0,
             seed=0,

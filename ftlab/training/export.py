@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def export_model(
     dtype: torch.dtype,
     precision: Precision,
     parallel: Parallelism,
+    end_ids: Sequence[int],
     about: Mapping[str, Any],
     card: str | None = None,
     layout: str = "hf",
@@ -72,6 +73,7 @@ def export_model(
     writes. **The model's weights are those of the files afterwards**: rounded, where the dtype is smaller.
 
     Args:
+        end_ids: tokens that end an answer.
         about: what the manifest should say beside: the run, the step.
         card: the folder's README.md.
         layout: ``hf``, or ``meta`` for consolidated.00.pth and params.json (rank 0 then holds the whole model).
@@ -89,7 +91,8 @@ def export_model(
             raise ConfigError("--layout", "Meta's layout is for Llamas, not for models of transformers", "--layout hf")
         export_meta_weights(model, aside, dtype=dtype)
     else:
-        export_weights(model, aside, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=None)
+        ends = list(end_ids) if len(end_ids) > 1 else end_ids[0]
+        export_weights(model, aside, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=ends, pad_id=None)
     if card is not None and this_rank() == 0:
         (aside / "README.md").write_text(card, encoding="utf-8")
     proof = _prove(model, aside, dtype, precision, parallel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,14 @@ def generate(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    end_ids: Collection[int],
     temperature: float,
     top_p: float,
     seed: int,
     on_token: Callable[[int, int], None] | None = None,
     any_rank: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
-    """Continue every prompt until EOS, ``max_new_tokens`` or the model's ``max_seq_len``.
+    """Continue every prompt until a token that ends it, ``max_new_tokens`` or the model's ``max_seq_len``.
 
     Prompts of equal length run as one batch, so no position is ever padding. Works under the caller's
     autocast and leaves the model in the mode (train or eval) it was in.
@@ -36,7 +36,7 @@ def generate(
     Args:
         prompts: token ids, at least one each.
         max_new_tokens: per prompt.
-        eos_id: ends a row; never part of the result.
+        end_ids: each of them ends a row, and is never part of the result.
         temperature: divides the logits before sampling; 0 takes the most probable token.
         top_p: sampling is limited to the fewest most probable tokens that reach this probability, in (0, 1].
         seed: of the sampling; drawn on the CPU, so devices agree.
@@ -76,7 +76,7 @@ def generate(
         for length, rows in rows_by_length.items():
             n_new = min(max_new_tokens, model.config.max_seq_len - length)
             tokens = torch.tensor([prompts[row] for row in rows], device=next(model.buffers()).device)
-            for new_tokens in _decode(model, tokens, n_new, eos_id, choose, any_rank):
+            for new_tokens in _decode(model, tokens, n_new, end_ids, choose, any_rank):
                 for row, token in zip(rows, new_tokens, strict=True):
                     if token is not None:
                         results[row].append(token)
@@ -94,18 +94,18 @@ def _decode(
     model: AnyModel,
     tokens: Tensor,
     n_new: int,
-    eos_id: int,
+    end_ids: Collection[int],
     choose: Callable[[Tensor], Tensor],
     any_rank: Callable[[bool], bool],
 ) -> Iterator[list[int | None]]:
-    """Yield, step by step, the new token of each row of tokens (B, T); None for a row that met EOS."""
+    """Yield, step by step, the new token of each row of tokens (B, T); None for a row that has ended."""
     cache = model.new_cache(capacity=tokens.shape[1] + n_new)
     running = [True] * len(tokens)
     for _ in range(n_new):
         any_rank(True)
         chosen = choose(_last_logits(model, tokens, cache))
         ids = chosen.tolist()
-        running = [runs and token != eos_id for runs, token in zip(running, ids, strict=True)]
+        running = [runs and token not in end_ids for runs, token in zip(running, ids, strict=True)]
         if not any(running):
             return
         yield [token if runs else None for runs, token in zip(running, ids, strict=True)]

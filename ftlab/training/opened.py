@@ -38,6 +38,11 @@ class Opened:
         rows = self.stored.get("model.embedding.weight")
         return rows.shape[0] if rows is not None else None
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer; none where the checkpoint is older than that it says them."""
+        return list(self.told.get("end_ids", []))
+
     def rng(self, rank: int) -> dict[str, Any] | None:
         """The random states of one rank; None where there were fewer ranks."""
         path = self.path / f"rng-{rank:05d}.json"

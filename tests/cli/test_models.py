@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from ftlab.cli import main as ftlab
 from ftlab.config.check import compose_config
 from ftlab.jobs import launch
+from ftlab.lab.trained import open_trained
 from tests.cli.conftest import QUIET, FinishedRun
 from tests.unit.test_hf import saved
 
@@ -30,12 +32,17 @@ def train(tmp_path: Path) -> Train:
 @pytest.mark.parametrize(("option", "kind"), [("auto", "qwen3"), ("hf", "qwen3"), ("hf", "gemma2")])
 def test_a_folder_of_transformers_is_trained_and_opens_there_again(option, kind, tmp_path, train, capsys):
     saved(kind, tmp_path / "start", vocab_size=259, max_position_embeddings=512)
+    ends = {"bos_token_id": 1, "eos_token_id": [70, 2, 71]}  # as instruction-tuned models have several
+    (tmp_path / "start/generation_config.json").write_text(json.dumps(ends))
     run = train("first", f"model={option}", f"model.checkpoint={tmp_path / 'start'}", "optimizer.lr=1e-3")
     assert run.exit_code == 0
     assert run.json("run.json")["weights"] == {"checkpoint": str(tmp_path / "start"), "commit": None}
     opened = AutoModelForCausalLM.from_pretrained(run.folder / "export")
     assert sum(parameter.numel() for parameter in opened.parameters()) == run.json("run.json")["n_params"]
     assert f"started from | `{tmp_path / 'start'}`" in (run.folder / "export/README.md").read_text()
+
+    assert opened.generation_config.eos_token_id == [2, 70, 71]
+    assert [open_trained(f"{run.folder}{step}").end_ids for step in ("", "@4")] == [[2, 70, 71]] * 2
 
     again = train("second", f"model={option}", f"model.checkpoint={run.folder / 'export'}")
     assert again.lines[0]["val/loss"] == pytest.approx(run.lines[-1]["val/loss"], rel=1e-6)

@@ -81,6 +81,7 @@ def evaluate(worker: WorkerEnv, parallelism: Strategy) -> dict[str, Any]:
         config=EvaluationConfig(**settings, max_new_tokens=12),
         validation=Questions(),  # type: ignore[arg-type]
         tokenizer=Digits(),  # type: ignore[arg-type]
+        end_ids=[EOS],
         loss=CrossEntropy(label_smoothing=0.0, z_loss=0.0),
         on_samples=lambda samples, step: shown.extend(samples),
     )

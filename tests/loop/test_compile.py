@@ -67,7 +67,7 @@ def test_two_hundred_steps_of_varying_length_compile_nothing_after_the_third(han
     # Answers grow by a token at a time, and compile nothing either.
     model = made.run.state.model
     model.eval()
-    settings: dict[str, Any] = {"max_new_tokens": 8, "eos_id": 100, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    settings: dict[str, Any] = {"max_new_tokens": 8, "end_ids": [100], "temperature": 0.0, "top_p": 1.0, "seed": 0}
     answers = generate(model, [[1, 2, 3], [4, 5]], **settings)
     plain.run.state.model.eval()
     assert answers == generate(plain.run.state.model, [[1, 2, 3], [4, 5]], **settings)

@@ -79,7 +79,7 @@ def test_greedy_answers_are_those_of_transformers_token_by_token(smollm2):
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     eos = tokenizer.eos_token_id
     answers = generate(
-        trial.run.state.model, prompts, max_new_tokens=24, eos_id=eos, temperature=0.0, top_p=1.0, seed=0
+        trial.run.state.model, prompts, max_new_tokens=24, end_ids=[eos], temperature=0.0, top_p=1.0, seed=0
     )
     for text, prompt, answer in zip(PROMPTS, prompts, answers, strict=True):
         expected = theirs.generate(

@@ -15,7 +15,7 @@ def evaluator(**given):
         "max_batches": None,
     }
     config = EvaluationConfig(**settings | {"n_samples": 0, "max_new_tokens": 1} | given)
-    return Evaluator(config=config, validation=None, tokenizer=None, loss=None, on_samples=None)
+    return Evaluator(config=config, validation=None, tokenizer=None, end_ids=[], loss=None, on_samples=None)
 
 
 @pytest.mark.parametrize(

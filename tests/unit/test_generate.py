@@ -32,7 +32,7 @@ def model():
 
 
 def answers(model, prompts=PROMPTS, **changes):
-    options = {"max_new_tokens": 12, "eos_id": NEVER, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    options = {"max_new_tokens": 12, "end_ids": [NEVER], "temperature": 0.0, "top_p": 1.0, "seed": 0}
     return generate(model, prompts, **(options | changes))
 
 
@@ -60,9 +60,17 @@ def test_an_answer_does_not_depend_on_the_prompts_beside_it(model):
 def test_a_row_ends_before_eos_and_the_others_go_on(model):
     free = answers(model)
     eos_id = free[0][3]
-    ended = answers(model, eos_id=eos_id)
+    ended = answers(model, end_ids=[eos_id])
     for whole, cut in zip(free, ended, strict=True):
         assert cut == (whole[: whole.index(eos_id)] if eos_id in whole else whole)
+
+
+def test_each_of_several_tokens_ends_a_row(model):
+    free = answers(model)
+    ends = {free[0][3], free[1][5]}
+    for whole, cut in zip(free, answers(model, end_ids=ends), strict=True):
+        at = next((i for i, token in enumerate(whole) if token in ends), len(whole))
+        assert cut == whole[:at]
 
 
 def test_generation_stops_at_the_model_s_last_position(model):
@@ -72,7 +80,7 @@ def test_generation_stops_at_the_model_s_last_position(model):
 
 def test_tokens_stream_as_they_are_returned(model):
     streamed = [[] for _ in PROMPTS]
-    result = answers(model, eos_id=answers(model)[0][3], on_token=lambda row, token: streamed[row].append(token))
+    result = answers(model, end_ids=[answers(model)[0][3]], on_token=lambda row, token: streamed[row].append(token))
     assert streamed == result
 
 

@@ -148,7 +148,7 @@ def test_greedy_text_is_that_of_transformers(kind, tmp_path):
     theirs = saved(kind, tmp_path)
     prompts = [[5, 6, 7], [9], [11, 12, 13]]
     ours = generate(
-        loaded(tmp_path), prompts, max_new_tokens=12, eos_id=60, temperature=0.0, top_p=1.0, seed=0
+        loaded(tmp_path), prompts, max_new_tokens=12, end_ids=[60], temperature=0.0, top_p=1.0, seed=0
     )  # fmt: skip
     for prompt, answer in zip(prompts, ours, strict=True):
         text = theirs.generate(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ftlab.errors import ConfigError
 from ftlab.models.layouts import open_folder
-from ftlab.models.resize import compare_specials, fit_vocabulary, with_new_rows
+from ftlab.models.resize import compare_specials, end_ids, fit_vocabulary, with_new_rows
 from ftlab.models.weights import export_weights, load_weights
 from tests.loop.conftest import MODEL
 
@@ -130,3 +130,20 @@ def test_any_of_several_eos_ids_will_do(folder, tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
     assert [compare_specials(tmp_path, 1, eos) for eos in (7, 8, 9)] == [[], [], []]
     assert compare_specials(tmp_path, 1, 6) != []
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 5}, {"eos_token_id": [7, 5, 3]}, [3, 7, 5]),
+        ({"eos_token_id": [5, 6]}, {}, [3, 5, 6]),
+        ({"eos_token_id": 3}, None, [3]),
+        ({}, {"eos_token_id": None}, [3]),
+    ],
+)
+def test_an_answer_ends_at_the_tokenizer_s_eos_and_at_what_the_folder_names(config, generation, ends, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert end_ids(tmp_path, 3) == ends
+    assert end_ids(None, 3) == [3]
