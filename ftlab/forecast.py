@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,21 +36,29 @@ class Setting:
     Attributes:
         longest: tokens of the longest training row.
         longest_validation: of the longest validation row; None without any.
+        rows, validation_rows: how many there are; None where that is not known.
         n_ranks, n_local_ranks: of the run, of this machine.
         on_cuda: what it runs on.
     """
 
     longest: int
     longest_validation: int | None
+    rows: int | None
+    validation_rows: int | None
     n_ranks: int
     n_local_ranks: int
     on_cuda: bool
+
+    def share(self, rows: int | None) -> int:
+        """How many of ``rows`` one rank gets at most: no batch has more."""
+        return sys.maxsize if rows is None else -(-rows // self.n_ranks)
 
 
 def forecast(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal:
     """The memory of one rank of the run that ``config`` describes."""
     trainer, evaluation = build(config["trainer"]), build(config["evaluation"])
     validation = setting.longest_validation
+    share, validation_share = setting.share(setting.rows), setting.share(setting.validation_rows)
     strategy, n_ranks, n_local_ranks = build(config["parallelism"]), setting.n_ranks, setting.n_local_ranks
     if isinstance(strategy, HSDP):  # what a rank holds is decided by its group; the others only add to its gradients
         _, n_ranks = strategy.mesh_shape(n_ranks, n_local_ranks)
@@ -66,10 +75,12 @@ def forecast(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal:
         max_grad_norm=trainer.max_grad_norm,
         optimizer_in_backward=trainer.optimizer_in_backward,
         shapes=Shapes(
-            training=(trainer.batch_size, setting.longest),
-            n_micro_batches=trainer.accumulation_steps(setting.n_ranks),
-            evaluation=None if validation is None else (evaluation.batch_size, validation),
-            answers=(evaluation.n_samples, length) if validation and evaluation.n_samples else None,
+            training=(min(trainer.batch_size, share), setting.longest),
+            n_micro_batches=min(trainer.accumulation_steps(setting.n_ranks), -(-share // trainer.batch_size)),
+            evaluation=None if validation is None else (min(evaluation.batch_size, validation_share), validation),
+            answers=(min(evaluation.n_samples, validation_share), length)
+            if validation and evaluation.n_samples
+            else None,
         ),
         on_cuda=setting.on_cuda,
     )

@@ -6,6 +6,7 @@ import logging
 
 from ftlab.config.build import Config
 from ftlab.data.base import TrainingData
+from ftlab.data.stream import Stream
 from ftlab.distributed.env import WorkerEnv, describe_device
 from ftlab.distributed.meeting import Team
 from ftlab.forecast import Setting, available_bytes, forecast_or_none, refuse_unfit, with_batch_size
@@ -21,6 +22,8 @@ def _setting(data: TrainingData, worker: WorkerEnv) -> Setting:
     return Setting(
         longest=longest,
         longest_validation=longest_validation,
+        rows=None if isinstance(data.train, Stream) else len(data.train),
+        validation_rows=len(data.validation) if data.validation else None,
         n_ranks=worker.world_size,
         n_local_ranks=worker.local_world_size,
         on_cuda=worker.device.type == "cuda",

@@ -132,13 +132,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def _measure_matmul_peak(device: torch.device, dtype: torch.dtype, *, budget_s: float = 0.2) -> float:
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    product = torch.empty_like(a)  # the same each time: new ones would leave the heap full of holes
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    a @ b  # warm-up: threads, kernel selection
+    torch.mm(a, b, out=product)  # warm-up: threads, kernel selection
     best, end = float("inf"), time.perf_counter() + budget_s
     while time.perf_counter() < end:
         synchronize()
         start = time.perf_counter()
-        a @ b
+        torch.mm(a, b, out=product)
         synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best

@@ -47,11 +47,14 @@ class Counts:
     """What the run will count, over all ranks; None where nothing is known of the rows.
 
     Attributes:
+        rows, validation_rows: of the data, each counted once.
         source: ``data``: counted on the rows themselves; ``given``: from the numbers of the command line.
         longest: tokens of the longest row.
     """
 
     source: str
+    rows: int | None
+    validation_rows: int | None
     steps: int | None
     samples: int | None
     tokens: int | None
@@ -80,6 +83,8 @@ def plan(overrides: Sequence[str], given: Given) -> dict[str, Any]:
     setting = Setting(
         longest=counts.longest,
         longest_validation=counts.longest_validation,
+        rows=counts.rows,
+        validation_rows=counts.validation_rows,
         n_ranks=n_ranks,
         n_local_ranks=n_local,
         on_cuda=on_cuda,
@@ -164,6 +169,8 @@ def _counts(config: Config, tokenizer: Tokenizer | None, n_ranks: int, given: Gi
     tokens = round(samples * given.row_tokens) if samples is not None and given.row_tokens is not None else None
     return Counts(
         source="given",
+        rows=rows,
+        validation_rows=None,
         steps=steps,
         samples=samples,
         tokens=tokens,
@@ -198,6 +205,8 @@ def _counted(trainer: TrainerConfig, data: TrainingData, n_ranks: int) -> Counts
                 longest = max(longest, batch.tokens.shape[1])
     return Counts(
         source="data",
+        rows=len(data.train),
+        validation_rows=len(data.validation) if data.validation else None,
         steps=total,
         samples=samples,
         tokens=tokens,

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftlab.data.batch import Batch
 from ftlab.data.weights import ONE
@@ -110,6 +111,7 @@ def rehearse(
             parallel = _Buckets(parallel)
         # No fallback: an operation that torch cannot do without data would quietly be done on real zeros.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False))
+        stack.enter_context(_AnyNumber())
         _without_data(model)
         parallel.place(model)
         stack.enter_context(live)
@@ -142,6 +144,16 @@ def rehearse(
         optimizer_state=optimizer_state,
         peak=peak,
     )
+
+
+class _AnyNumber(TorchDispatchMode):
+    """Whatever the host reads of a tensor without data is 1: Adafactor reads norms, and allocates the same for any."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = func is torch.ops.aten._local_scalar_dense.default
+        if reads and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            return 1.0 if args[0].is_floating_point() else 1
+        return func(*args, **kwargs or {})
 
 
 def _without_data(model: Transformer) -> None:

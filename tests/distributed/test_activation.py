@@ -113,7 +113,8 @@ def test_offloaded_inputs_take_nothing_of_the_device() -> None:
     for mode in ("full", "offload"):
         sizes = ["model.dim=64", "model.n_layers=16", "trainer.batch_size=32", "optimizer=sgd"]
         config = compose_config([*sizes, f"parallelism.activation_checkpointing={mode}"])
-        setting = Setting(longest=256, longest_validation=None, n_ranks=1, n_local_ranks=1, on_cuda=True)
+        unknown: dict[str, Any] = dict.fromkeys(("longest_validation", "rows", "validation_rows"))
+        setting = Setting(longest=256, n_ranks=1, n_local_ranks=1, on_cuda=True, **unknown)
         found = forecast(config, build(config["model"]).replace(vocab_size=64), setting)
         peaks[mode] = found.phases["first forward and backward"]
     inputs = 15 * 32 * 256 * 64 * 4

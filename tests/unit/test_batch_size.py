@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
 
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.errors import ConfigError, ConfigErrors
 from ftlab.forecast import CLEAR_EXCESS, Setting, forecast, with_batch_size
+from ftlab.optim.groups import decay_groups
+from tests.conftest import ROOT
 
 SMALL = ["model.dim=16", "model.n_heads=2", "model.n_layers=1", "model.ffn_hidden_dim=32", "trainer.batch_size=auto"]
+KNOWN: dict[str, Any] = {"longest": 64, "longest_validation": None, "rows": None, "validation_rows": None}
 
 
 def setting(n_ranks: int = 1) -> Setting:
-    return Setting(longest=64, longest_validation=None, n_ranks=n_ranks, n_local_ranks=n_ranks, on_cuda=True)
+    return Setting(**KNOWN, n_ranks=n_ranks, n_local_ranks=n_ranks, on_cuda=True)
 
 
 def test_it_is_the_largest_divisor_whose_forecast_fits() -> None:
@@ -52,6 +59,37 @@ def test_eight_bit_moments_are_forecast_as_a_quarter() -> None:
         state[option] = forecast(config, build(config["model"]).replace(vocab_size=1000), setting()).optimizer_state
     assert 0.24 < state["adamw_8bit"] / state["adamw"] < 0.28
     assert state["muon"] < state["adamw"]
+
+
+@pytest.mark.parametrize("option", sorted(file.stem for file in (ROOT / "conf/optimizer").glob("*.yaml")))
+def test_what_every_optimizer_keeps_is_forecast_to_the_byte(option: str) -> None:
+    if option == "schedule_free":
+        pytest.importorskip("schedulefree")
+    config = compose_config([*SMALL[:-1], f"optimizer={option}", "scheduler=constant"])
+    model_config = build(config["model"]).replace(vocab_size=300)
+    found = forecast(config, model_config, setting())
+    model = model_config.build()
+    model.init_weights(0)
+    optimizer = build(config["optimizer"])(decay_groups(model))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    assert found.optimizer_state == sum(value.nbytes for value in kept)
+    assert found.weights == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_a_batch_has_no_more_rows_than_there_are() -> None:
+    def peak(batch_size: int, **known: int | None) -> dict[str, int]:
+        config = compose_config(
+            [*SMALL[:-1], f"trainer.batch_size={batch_size}", f"evaluation.batch_size={batch_size}"]
+        )
+        model = build(config["model"]).replace(vocab_size=1000)
+        return forecast(config, model, replace(setting(n_ranks=2), longest_validation=64, **known)).phases
+
+    assert peak(64, rows=9, validation_rows=7) == peak(5, rows=None, validation_rows=None) | {
+        "evaluation": peak(4, rows=None, validation_rows=None)["evaluation"]
+    }
 
 
 @pytest.mark.parametrize(
