@@ -12,6 +12,7 @@ from ftlab.assembly.data import read_data
 from ftlab.config.build import Config, build
 from ftlab.config.check import compose_config
 from ftlab.data.base import TrainingData
+from ftlab.data.stream import Stream
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.env import describe_device, pick_device
 from ftlab.errors import ConfigError
@@ -193,7 +194,8 @@ def _counted(trainer: TrainerConfig, data: TrainingData, n_ranks: int) -> Counts
     ]
     steps_per_epoch = loaders[0].steps_per_epoch
     total, per_epoch = trainer.total_steps(steps_per_epoch), trainer.epoch_steps(steps_per_epoch)
-    assert per_epoch is not None  # no stream
+    assert not isinstance(data.train, Stream)
+    assert per_epoch is not None
     samples = tokens = targets = longest = 0
     for epoch in range(-(-total // per_epoch)):
         n_steps = min(per_epoch, total - epoch * per_epoch)

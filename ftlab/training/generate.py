@@ -123,10 +123,10 @@ class _LastLogits:
 
     shape: torch.Size
 
-    def __call__(self, hidden: Tensor, head_weight: Tensor, _targets: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, head_weight: Tensor, *_of_the_loss: Any) -> Tensor:
         return F.linear(hidden.unflatten(0, self.shape)[:, -1], head_weight)
 
-    def of_logits(self, logits: Tensor, _targets: Tensor) -> Tensor:
+    def of_logits(self, logits: Tensor, *_of_the_loss: Any) -> Tensor:
         return logits.unflatten(0, self.shape)[:, -1]
 
 
