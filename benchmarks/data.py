@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def measure_ours(file: Path, tokenizer: str, cache: Path, cores: int) -> dict[st
 def measure_bare(file: Path, tokenizer: str) -> dict[str, float]:
     """CPU seconds of the tokenizer's own encoding of the rendered texts, on one core, texts ready in memory."""
     use_cores(1)
-    template, rows = AlpacaTemplate(), [json.loads(line) for line in file.open(encoding="utf-8")][:50_000]
+    with file.open(encoding="utf-8") as lines:
+        template, rows = AlpacaTemplate(), [json.loads(line) for line in islice(lines, 50_000)]
     texts = [template.render(row["instruction"], row["input"]) + row["output"] for row in rows]
     bare = sentencepiece.SentencePieceProcessor(model_file=str(TINY_MODEL if tokenizer == "tiny" else tokenizer))
     started, cpu_started = time.perf_counter(), time.process_time()

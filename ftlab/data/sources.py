@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ftlab.data.files import FILE_FORMATS, NumberedRow, arrow_rows, file_rows, find_files, readable
+from ftlab.data.problems import Problem
 from ftlab.data.strict_json import OnProblem
 from ftlab.data.tiny import tiny_rows
 from ftlab.errors import ConfigError
@@ -133,12 +134,19 @@ class FileSource:
     def chunks(self, columns: Sequence[str] | None, on_problem: OnProblem, start: int = 0) -> Iterator[Chunk]:
         """The files' rows, file by file."""
         first_row = n_before = 0
+
+        def meet(problem: Problem) -> None:
+            nonlocal first_row
+            if problem.row is not None:  # the last row of a file has its number too, if nobody can read it
+                first_row = max(first_row, problem.row + 1)
+            on_problem(problem)
+
         for file in self.files:
             size = file.stat().st_size
             with file.open("rb") as raw:
-                rows = file_rows(self.format, file, raw, columns, on_problem, first_row, start)
+                rows = file_rows(self.format, file, raw, columns, meet, first_row, start)
                 while held := list(itertools.islice(rows, _CHUNK_ROWS)):
-                    first_row = held[-1][0] + 1
+                    first_row = max(first_row, held[-1][0] + 1)
                     if held[0][0] < start:
                         held = [row for row in held if row[0] >= start]
                     n_read = size if raw.closed else raw.tell()  # Arrow closes what it has read to the end

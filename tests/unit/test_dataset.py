@@ -413,6 +413,23 @@ def test_a_mixture_takes_its_shares_and_tells_them(mix):
     assert later == [[batch.sample_ids for batch in step] for step in loader.steps(2)][4:]
 
 
+@pytest.mark.parametrize("packing", ["greedy", "best_fit"])
+def test_packs_of_a_mixture_hold_rows_of_one_set_and_come_in_its_shares(mix, packing):
+    data = mix({"a": 3, "b": 1}, packing=packing)
+    n_packs = [len(rows) for rows in data.train.sets]
+    sets = data.report["sets"]
+    assert sum(sets[name]["rows_per_epoch"] for name in "ab") == sum(n_packs)
+    assert sets["a"]["share"] == pytest.approx(0.75, abs=0.5 / sum(n_packs) + 1e-6)
+    loader = data.loader(batch_size=1, gradient_accumulation_steps=1, dp_rank=0, dp_size=1)
+    packs = [batch.sample_ids for step in loader.steps(0) for batch in step]
+    assert all(max(ids) < 10 or min(ids) >= 10 for ids in packs)
+    assert sum(max(ids) < 10 for ids in packs) == sets["a"]["rows_per_epoch"]
+    again = mix({"a": 3, "b": 1}, packing=packing)
+    assert again.fingerprint == data.fingerprint
+    loader = again.loader(batch_size=1, gradient_accumulation_steps=1, dp_rank=0, dp_size=1)
+    assert [batch.sample_ids for step in loader.steps(0, start_step=2) for batch in step] == packs[2:]
+
+
 def test_a_mixtures_validation_rows_are_those_of_all_sets(mix):
     data = mix({"a": 1, "b": 1}, val_fraction=0.1)
     assert len(data.validation) == 1 + 3

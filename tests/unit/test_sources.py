@@ -323,6 +323,26 @@ def test_allowed_faults_cost_their_rows_alone_and_numbers_stay(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("source", ["json", "jsonl", "csv"])
+def test_no_number_comes_twice_when_a_files_last_rows_are_unreadable(tmp_path, source):
+    row = {"instruction": "q", "input": "", "output": "a"}
+    for name in "ab":
+        write(tmp_path / f"{name}.{source}", [row] * 3)
+    broken = {"json": '{"instruction": 1,, ', "jsonl": "{\n{", "csv": "a,b,c,d\na"}[source]
+    first = (tmp_path / f"a.{source}").read_text().rstrip().removesuffix("]")
+    (tmp_path / f"a.{source}").write_text(first + ("," if source == "json" else "\n") + broken + "\n")
+    n_broken = 1 if source == "json" else 2  # what follows a fault in an array is not read
+    files, refusal = [str(tmp_path / f"{name}.{source}") for name in "ab"], Refusal(goes_on=True)
+    numbers = [number for number, _ in numbered(source, files, refusal)]
+    after = 3 + n_broken
+    assert numbers == [0, 1, 2, after, after + 1, after + 2]
+    assert [problem.row for problem in refusal.problems] == list(range(3, after))
+    for start in range(after + 4):
+        chunks = opened(source, files).chunks(None, Refusal(goes_on=True), start)
+        read_on = [number for chunk in chunks for number, _ in chunk.rows]
+        assert read_on == [number for number in numbers if number >= start]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
