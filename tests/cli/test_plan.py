@@ -121,24 +121,38 @@ def test_every_run_records_what_was_predicted_and_measured(tiny_run, parallelism
 
 
 WIDE = ("model.dim=512", "model.n_layers=8", "model.n_heads=8", "model.ffn_hidden_dim=1344")
+NARROW = ("model.dim=256", "model.n_layers=6", "model.n_heads=4", "model.ffn_hidden_dim=688")
 CONFIGURATIONS = {
-    "adamw, fp32": (*WIDE, "trainer.batch_size=4"),
-    "sgd, bf16_mixed": (*WIDE, "trainer.batch_size=4", "optimizer=sgd", "precision=bf16_mixed"),
+    "adamw, fp32": (*WIDE, "tokenizer=byte", "trainer.batch_size=4"),
+    "sgd, bf16_mixed": (*WIDE, "tokenizer=byte", "trainer.batch_size=4", "optimizer=sgd", "precision=bf16_mixed"),
     "full recomputation": (
-        *("model.dim=768", "model.n_layers=8", "model.n_heads=12", "model.ffn_hidden_dim=2048"),
+        *("model.dim=768", "model.n_layers=8", "model.n_heads=12", "model.ffn_hidden_dim=2048", "tokenizer=byte"),
         *("trainer.batch_size=4", "parallelism.activation_checkpointing=full"),
     ),
+    "packed rows": (*WIDE, "tokenizer=byte", "trainer.batch_size=2", "dataset.packing=best_fit"),
+    "32,000 tokens, chunked": (
+        *NARROW,
+        *("tokenizer=sentencepiece", "tokenizer.path={shared}/llama2_tokenizer.model", "seq_len=256"),
+        *("trainer.batch_size=4", "loss=chunked_cross_entropy"),
+    ),
+    "fsdp": (*WIDE, "tokenizer=byte", "trainer.batch_size=2", "parallelism=fsdp", *TWO_RANKS),
 }
 
 
+# Blocks that are gathered and given back leave gaps that grow over the first steps, up to a third: not modelled.
+GAPS_OF_GATHERING = pytest.mark.xfail(reason="docs/planning.md: what the heap makes of gathered blocks", strict=False)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=GAPS_OF_GATHERING) if name == "fsdp" else name for name in CONFIGURATIONS]
+)
 def test_predicted_peak_memory_is_within_ten_percent_of_the_measured(name, shared_data, tmp_path):
-    overrides = CONFIGURATIONS[name]
+    overrides = [override.format(shared=shared_data) for override in CONFIGURATIONS[name]]
     command = [
         *(sys.executable, "train.py", "logger=[jsonl]", f"hydra.run.dir={tmp_path / 'run'}", "checkpoint.export=false"),
         *("dataset=alpaca", "dataset.source=json", f"dataset.data_files={shared_data / 'alpaca_en_demo.json'}"),
-        *("dataset.max_samples=24", "dataset.val_fraction=0", "trainer.epochs=1", "tokenizer=byte", *overrides),
+        *("dataset.max_samples=24", "dataset.val_fraction=0", "trainer.epochs=1", *overrides),
     ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     memory = json.loads((tmp_path / "run" / "run.json").read_text())["memory"]

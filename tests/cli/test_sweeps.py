@@ -115,7 +115,7 @@ def test_a_sweep_outlives_its_failures_and_a_kill_and_runs_only_what_is_missing(
     os.kill(started.pid, signal.SIGKILL)
     started.communicate()
     finished = [job["number"] for job in jobs_of(sweep) if job["status"] == "completed"]
-    assert 0 in finished
+    assert {0, 1} & set(finished), "whichever of the first two was faster"
     untouched = {number: (folder_of(number) / "run.json").read_bytes() for number in finished}
 
     exit_code, said = run(*grid, *once, f"sweep.resume={sweep}", cwd=tmp_path, address_space=4)
