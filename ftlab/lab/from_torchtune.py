@@ -1,6 +1,6 @@
 """What a configuration of torchtune 0.6.1's full fine-tuning recipes is here: the command, and what it does not carry.
 
-The parts that need a table of their own (model, tokenizer, data, optimizer) are in `torchtune_parts`.
+The parts that need a table of their own are in `torchtune_parts` (model, optimizer) and `torchtune_data`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from ftlab.config.check import first_phase
 from ftlab.config.compose import compose
 from ftlab.config.torchtune_file import read_torchtune_file
 from ftlab.errors import ConfigError
-from ftlab.lab.torchtune_parts import Kind, Note, Translation, data, model_and_tokenizer, optimizer, schedule, weights
+from ftlab.lab.torchtune_data import data
+from ftlab.lab.torchtune_parts import Kind, Note, Translation, model_and_tokenizer, optimizer, schedule, weights
 
 RECIPES = ("full_finetune_single_device", "full_finetune_distributed")
 _TITLES: dict[Kind, str] = {
@@ -121,10 +122,15 @@ def _is_distributed(tree: dict[str, Any], recipe: str | None, nproc_per_node: in
 
 def _loss(done: Translation) -> None:
     component = done.component("loss")
-    known = ("CEWithChunkedOutputLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss")
-    if component.rpartition(".")[2] not in known:
+    options = {
+        "CrossEntropyLoss": "cross_entropy",
+        "CEWithChunkedOutputLoss": "chunked_cross_entropy",
+        "LinearCrossEntropyLoss": "chunked_cross_entropy",
+    }
+    option = options.get(component.rpartition(".")[2])
+    if option is None:
         raise ConfigError("loss._component_", f"{component} is not cross-entropy", "loss=torch.nn.CrossEntropyLoss")
-    done.choose("loss", "chunked_cross_entropy" if component.endswith(known[0]) else "cross_entropy", "cross_entropy")
+    done.choose("loss", option)
     done.take("loss.num_output_chunks")
     if smoothing := done.take("loss.label_smoothing"):
         done.set("loss.label_smoothing", smoothing)
@@ -176,19 +182,10 @@ def _precision(done: Translation) -> None:
 
 
 def _memory(done: Translation) -> None:
-    checkpointing = done.take("enable_activation_checkpointing", False)
-    mode, option = done.take("ac_mode"), done.take("ac_option")
-    if mode == "selective":
-        done.set("parallelism.activation_checkpointing", "selective")
-        if option != "op":
-            why = "torchtune recomputes every so many layers; selective here keeps attention and every second matmul"
-            done.note("differs", f"ac_option={option}", why)
-    elif checkpointing or mode == "full":
-        done.set("parallelism.activation_checkpointing", "full")
-    if done.take("enable_activation_offloading"):
-        done.note("absent", "enable_activation_offloading", "activations stay on the GPU; only memory differs")
+    """What trades memory for time, and compilation."""
+    _activations(done)
     if done.take("compile"):
-        done.note("absent", "compile", "only speed differs")
+        done.set("compile", True)
     if done.take("optimizer_in_bwd"):
         done.set("trainer.optimizer_in_backward", True)
         if done.recipe == RECIPES[0]:
@@ -197,6 +194,22 @@ def _memory(done: Translation) -> None:
                 "optimizer_in_bwd",
                 "the gradient is that of the mean loss; the single-device recipe steps with that of the sum",
             )
+
+
+def _activations(done: Translation) -> None:
+    checkpointing, offloading = done.take("enable_activation_checkpointing"), done.take("enable_activation_offloading")
+    mode, option = done.take("ac_mode"), done.take("ac_option")
+    if mode == "selective":
+        done.set("parallelism.activation_checkpointing", "selective")
+        if option != "op":
+            why = "torchtune recomputes every so many layers; selective here keeps attention and every second matmul"
+            done.note("differs", f"ac_option={option}", why)
+        if offloading:
+            done.note("absent", "enable_activation_offloading", "not with selective; only memory differs")
+    elif offloading:  # which torchtune has with checkpointing only
+        done.set("parallelism.activation_checkpointing", "offload")
+    elif checkpointing or mode == "full":
+        done.set("parallelism.activation_checkpointing", "full")
 
 
 def _shards(done: Translation, nproc_per_node: int | None) -> None:

@@ -114,6 +114,20 @@ def test_what_the_configuration_says_the_command_says(translate):
         (["device=cpu"], {}, "device", "cpu"),
         (["log_every_n_steps=5"], {}, "trainer.log_every_steps", 5),
         ([], {"ac_mode": "selective", "ac_option": "op"}, "parallelism.activation_checkpointing", "selective"),
+        (
+            ["enable_activation_checkpointing=True", "enable_activation_offloading=True"],
+            {},
+            "parallelism.activation_checkpointing",
+            "offload",
+        ),
+        (["compile=True"], {}, "compile", True),
+        (
+            ["loss=torchtune.modules.loss.LinearCrossEntropyLoss"],
+            {},
+            "loss._target_",
+            "ftlab.losses.ChunkedCrossEntropy",
+        ),
+        (["loss=torch.nn.CrossEntropyLoss"], {}, "loss._target_", "ftlab.losses.CrossEntropy"),
         (["fsdp_cpu_offload=True"], {}, "parallelism.cpu_offload", True),
         (["optimizer_in_bwd=True", "gradient_accumulation_steps=1"], {}, "trainer.optimizer_in_backward", True),
         (["optimizer=bitsandbytes.optim.PagedAdamW8bit"], {}, "optimizer.moment_bits", 8),
@@ -203,15 +217,14 @@ def test_another_kind_of_training_is_refused_in_words(translate, changes, words)
 
 def test_what_has_no_equivalent_is_said_key_by_key(translate):
     done = translate(
-        enable_activation_checkpointing=True,
+        ac_mode="selective",
         enable_activation_offloading=True,
-        compile=True,
         no_such_key=3,
         tensor_parallel_dim=2,
         resume_from_checkpoint=True,
     )
     said = " ".join(keys(done, "absent"))
-    for key in ("tensor_parallel_dim=2", "no_such_key=3", "resume_from_checkpoint"):
+    for key in ("tensor_parallel_dim=2", "no_such_key=3", "resume_from_checkpoint", "enable_activation_offloading"):
         assert key in said
     assert {"seed", "batch_size"} <= set(keys(done, "fixed"))
 
