@@ -28,7 +28,7 @@ from ftlab.config.resolvers import claim_folder
 from ftlab.config.resume import KEY, resume_in, resumed_config
 from ftlab.config.resume import KEY as RESUME
 from ftlab.config.rules import RULES, override, rule_for
-from ftlab.config.sweeps import extremes
+from ftlab.config.sweeps import extremes, wrong_settings
 from ftlab.config.targets import forbidden, misfits, unnamed
 from ftlab.errors import ConfigError, ConfigErrors
 from ftlab.outputs.sweep import FILE as SWEEP_FILE
@@ -203,6 +203,11 @@ def _output_folder(cfg: DictConfig, key: str, problems: list[ConfigError]) -> st
 def _check_jobs(master: Composition, overrides: Sequence[str], search: dict[str, Any]) -> None:
     """Check every job of a sweep; a problem that several jobs have is told once, for the first."""
     problems = list(master.problems)
+    with hydra_globals(master.cfg), hydra_errors(problems):
+        sweeper = OmegaConf.to_container(master.cfg.hydra.sweeper, resolve=True)
+    assert isinstance(sweeper, dict)
+    problems += wrong_settings({str(name): value for name, value in sweeper.items()})
+    _raise([problem for problem in problems if problem.key.startswith("hydra.sweeper")])  # else it makes no jobs
     folder = _output_folder(master.cfg, "sweep.dir", problems)
     if (Path(folder) / SWEEP_FILE).is_file() and master.cfg.sweep.resume is None:
         fix = f"{override('sweep.resume', folder)}, to go on with it"

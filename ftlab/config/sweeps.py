@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,7 +16,8 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException
 
-from ftlab.config.rules import override
+from ftlab.config.rules import COUNT, Number, OneOf, Rule, override
+from ftlab.errors import ConfigError
 from ftlab.outputs.sweep import SweepFolder
 
 RESUME = "sweep.resume"
@@ -47,6 +49,38 @@ def with_resumed_sweep(argv: Sequence[str]) -> list[str]:
         typed = [*(text for text in of_the_jobs(sweep.about["command"]) if _key(text) not in keys), *typed]
     others = [argument for argument in argv if argument not in flags.overrides and argument not in ("-m", "--multirun")]
     return [*others, "-m", *typed, override("paths.output_dir", str(sweep.path))]
+
+
+_AT_LEAST_0 = Number(whole=True, low=0)
+_SWEEPERS: dict[str, dict[str, Rule]] = {  # what each takes beside params
+    "hydra_plugins.ftlab_sweeps.sweeper.GridSweeper": {},
+    "hydra_plugins.ftlab_sweeps.search.OptunaSweeper": {
+        "n_trials": COUNT,
+        "sampler": OneOf(("tpe", "gp", "random")),
+        "seed": Number(whole=True, low=0, below=2**32, optional=True),
+        "pruner": OneOf(("median", "halving", "none")),
+        "startup_trials": _AT_LEAST_0,
+        "warmup_evaluations": _AT_LEAST_0,
+    },
+}
+
+
+def wrong_settings(sweeper: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """What is wrong with ``hydra.sweeper``, as far as it is one of ours."""
+    rules = _SWEEPERS.get(str(sweeper.get("_target_")))
+    if rules is None:
+        return
+    params = sweeper.get("params")
+    if params is not None and not isinstance(params, Mapping):
+        fix = "hydra.sweeper.params={optimizer.lr:'1e-3,3e-3'}"
+        yield ConfigError("hydra.sweeper.params", f"must hold keys with their values, got {params!r}", fix)
+    for name, value in sweeper.items():
+        key = f"hydra.sweeper.{name}"
+        if name in rules:
+            yield from rules[name].check(key, value)
+        elif name not in ("_target_", "params"):
+            problem = f"no setting of this sweeper; it has {', '.join(['params', *rules])}"
+            yield ConfigError(key, problem, f"hydra.sweeper.params.{name}={value}, where it is to be swept")
 
 
 def extremes(swept: Override) -> list[str]:

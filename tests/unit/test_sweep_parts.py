@@ -198,3 +198,19 @@ def test_a_range_in_hydras_grammar_is_optunas_and_is_checked_at_its_ends(text: s
     [swept] = OverridesParser.create().parse_overrides([f"key={text}"])
     assert str(distribution(swept)) == expected
     assert extremes(swept) == [f"key={end}" for end in ends]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"params": -1}, "hydra.sweeper.params: must hold keys"),
+        ({"seed": "range(0,5)"}, "hydra.sweeper.seed: no setting of this sweeper"),
+        ({"_target_": "hydra_plugins.ftlab_sweeps.search.OptunaSweeper", "n_trials": 0}, "n_trials: must be >= 1"),
+        ({"_target_": "hydra_plugins.ftlab_sweeps.search.OptunaSweeper", "sampler": "tpa"}, "sampler=tpe"),
+    ],
+)
+def test_a_wrong_setting_of_a_sweeper_is_told_with_its_key(settings, words):
+    from ftlab.config.sweeps import wrong_settings
+
+    [problem] = wrong_settings({"_target_": "hydra_plugins.ftlab_sweeps.sweeper.GridSweeper"} | settings)
+    assert words in str(problem)
