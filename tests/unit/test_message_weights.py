@@ -26,7 +26,6 @@ from ftlab.data.weights import ONE, rounded, total
 from ftlab.distributed.single import OneRank
 from ftlab.errors import DataError
 from ftlab.losses import ChunkedCrossEntropy, CrossEntropy
-from ftlab.training.evaluate import Evaluator
 from tests.loop.conftest import precision_of
 from tests.unit.test_evaluate import evaluator
 from tests.unit.test_transformer import initialised, small
@@ -265,17 +264,14 @@ def test_both_losses_weigh_alike_and_as_float64_does(n, chunk_tokens, label_smoo
 
 def test_validation_weighs_as_training_does(make):
     rows = chats(30)
-    data, model = (
-        make(rows, val_fraction=0.5),
-        fresh_model(),
-    )
+    data, model = make(rows, val_fraction=0.5), fresh_model()
     held_out = [data.validation.sample_id(i) for i in range(len(data.validation))]
     pairs = [(rows[i], torch.from_numpy(data.validation.tokens(n).astype(np.int64))) for n, i in enumerate(held_out)]
     expected, _ = by_hand(model, pairs)
-    config = replace(evaluator().config, batch_size=4)
-    loss = CrossEntropy(label_smoothing=0.0, z_loss=0.0)
-    measure = Evaluator(
-        config=config, validation=data.validation, tokenizer=data.tokenizer, loss=loss, on_samples=lambda *_: None
+    given = evaluator()
+    config, loss = replace(given.config, batch_size=4), CrossEntropy(label_smoothing=0.0, z_loss=0.0)
+    measure = replace(
+        given, config=config, loss=loss, validation=data.validation, tokenizer=data.tokenizer, on_samples=print
     )
     measured = measure(model, 0, precision_of("fp32"), OneRank(torch.device("cpu")))
     assert measured["val/loss"] == pytest.approx(expected, rel=1e-6)
