@@ -22,11 +22,11 @@ def main() -> int:
     from ftlab.config.check import check_command_line
     from ftlab.config.compose import CONF, PRIMARY, VERSION_BASE, hydra_errors, prepare
     from ftlab.config.mixtures import with_sets
-    from ftlab.config.sweeps import with_resumed_sweep
+    from ftlab.config.sweeps import with_one_shown, with_resumed_sweep
 
     prepare()
     with hydra_errors():
-        sys.argv[1:] = with_sets(with_resumed_sweep(sys.argv[1:]), CONF)
+        sys.argv[1:] = with_sets(with_one_shown(with_resumed_sweep(sys.argv[1:])), CONF)
         elsewhere = check_command_line(sys.argv[1:], leads=_leads)
         if elsewhere is not None:
             from ftlab.jobs import launch

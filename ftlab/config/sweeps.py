@@ -51,6 +51,27 @@ def with_resumed_sweep(argv: Sequence[str]) -> list[str]:
     return [*others, "-m", *typed, override("paths.output_dir", str(sweep.path))]
 
 
+def with_one_shown(argv: Sequence[str]) -> list[str]:
+    """The command line ``argv``; where it asks to see a sweep (``-m --cfg``), with the values of its first job.
+
+    Hydra itself refuses ``-m`` beside ``--cfg``.
+    """
+    flags = get_args_parser().parse_args(list(argv))
+    if not (flags.cfg and flags.multirun):
+        return list(argv)
+    others = [argument for argument in argv if argument not in flags.overrides and argument not in ("-m", "--multirun")]
+    return [*others, *(_first(text) for text in flags.overrides), "hydra.mode=MULTIRUN"]
+
+
+def _first(text: str) -> str:
+    """An override with the first of the values that it sweeps over, if it does."""
+    try:
+        parsed = OverridesParser.create().parse_override(text)
+    except HydraException:  # told by who checks the command line
+        return text
+    return extremes(parsed)[0] if parsed.is_sweep_override() else text
+
+
 _AT_LEAST_0 = Number(whole=True, low=0)
 _SWEEPERS: dict[str, dict[str, Rule]] = {  # what each takes beside params
     "hydra_plugins.ftlab_sweeps.sweeper.GridSweeper": {},

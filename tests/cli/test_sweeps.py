@@ -188,6 +188,22 @@ def test_the_script_for_slurm_asks_for_what_the_configuration_says(tmp_path: Pat
     assert [job["status"] for job in jobs_of(sweep)] == ["pending"] * 5
 
 
+def test_a_sweep_shows_its_configuration_with_the_values_of_its_first_job(tmp_path: Path):
+    pytest.importorskip("submitit")
+    exit_code, said = run("-m", "hydra/launcher=submitit_slurm", "--cfg", "hydra", cwd=tmp_path)
+    assert exit_code == 0, said
+    launcher = yaml.safe_load(said)["hydra"]["launcher"]
+    assert (launcher["timeout_min"], launcher["nodes"]) == (60, 1)
+    exit_code, said = run("-m", "optimizer.lr=3e-3,1e-3", "seed=range(4,9)", "--cfg", "job", cwd=tmp_path)
+    assert exit_code == 0, said
+    config = yaml.safe_load(said)
+    assert (config["optimizer"]["lr"], config["seed"]) == (3e-3, 4)
+    exit_code, said = run("-m", "optimizer.lrr=1,2", "--cfg", "job", cwd=tmp_path)
+    assert exit_code == 2
+    assert "optimizer.lrr: unknown key" in said
+    assert not list(tmp_path.iterdir()), "nothing is run"
+
+
 @pytest.mark.slow
 def test_a_search_gives_hopeless_jobs_up_and_goes_on_where_it_was(tmp_path: Path):
     pytest.importorskip("optuna")

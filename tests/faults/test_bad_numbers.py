@@ -60,7 +60,9 @@ def spoil_and_check(root: Path, n_ranks: int, overrides: tuple[str, ...], kind: 
     for rank in range(n_ranks):
         unchanged = unchanged_steps(folder, rank)
         spoilt = steps if not lasts else {step for step, *_ in updates(folder, rank) if step >= first}
-        assert spoilt & {step for step, *_ in updates(folder, rank)} <= unchanged, what
+        # Of a parameter that no row of the batch uses, losses and gradients know nothing; checkpoints do.
+        if not (lasts and "no checkpoint is made of that" in stderr):
+            assert spoilt & {step for step, *_ in updates(folder, rank)} <= unchanged, what
         if "precision=fp16_mixed" not in overrides:  # whose first steps overflow
             assert not unchanged - set(spoilt) or ends, what
     if ends and not lasts:
