@@ -28,7 +28,7 @@ from ftlab.config.resolvers import claim_folder
 from ftlab.config.resume import KEY, resume_in, resumed_config
 from ftlab.config.resume import KEY as RESUME
 from ftlab.config.rules import RULES, override, rule_for
-from ftlab.config.sweeps import extremes, wrong_settings
+from ftlab.config.sweeps import extremes, is_ours, wrong_settings
 from ftlab.config.targets import forbidden, misfits, unnamed
 from ftlab.errors import ConfigError, ConfigErrors
 from ftlab.outputs.sweep import FILE as SWEEP_FILE
@@ -202,11 +202,7 @@ def _output_folder(cfg: DictConfig, key: str, problems: list[ConfigError]) -> st
 
 def _check_jobs(master: Composition, overrides: Sequence[str], search: dict[str, Any]) -> None:
     """Check every job of a sweep; a problem that several jobs have is told once, for the first."""
-    problems = list(master.problems)
-    with hydra_globals(master.cfg), hydra_errors(problems):
-        sweeper = OmegaConf.to_container(master.cfg.hydra.sweeper, resolve=True)
-    assert isinstance(sweeper, dict)
-    problems += wrong_settings({str(name): value for name, value in sweeper.items()})
+    problems = [*master.problems, *_wrong_engine(master)]
     _raise([problem for problem in problems if problem.key.startswith("hydra.sweeper")])  # else it makes no jobs
     folder = _output_folder(master.cfg, "sweep.dir", problems)
     if (Path(folder) / SWEEP_FILE).is_file() and master.cfg.sweep.resume is None:
@@ -225,6 +221,24 @@ def _check_jobs(master: Composition, overrides: Sequence[str], search: dict[str,
                 problems.append(ConfigError(problem.key, swept, problem.fix))
     _raise(problems)
     _raise({str(problem): problem for config in configs for problem in misfits(config)}.values())
+
+
+def _wrong_engine(master: Composition) -> Iterator[ConfigError]:
+    """What is wrong with the sweeper and the launcher of a sweep."""
+    for kind in ("sweeper", "launcher"):
+        node = master.cfg.hydra[kind]
+        if not isinstance(node, DictConfig):
+            yield ConfigError(f"hydra.{kind}", f"must hold a {kind}'s settings, got {node!r}")
+            continue
+        # What only says again what another key says is told of that key.
+        given = OmegaConf.to_container(node, resolve=False)
+        assert isinstance(given, dict)
+        names = [name for name, value in given.items() if value != f"${{sweep.{name!s}}}"]
+        if is_ours(given):
+            with hydra_globals(master.cfg), hydra_errors(master.problems):
+                settings = OmegaConf.to_container(node, resolve=True)
+            assert isinstance(settings, dict)
+            yield from wrong_settings(kind, {str(name): settings[name] for name in names})
 
 
 def _jobs(master: Composition, overrides: Sequence[str]) -> list[list[str]]:

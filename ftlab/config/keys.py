@@ -32,10 +32,15 @@ class Keys:
         self.parents = {key[:i] for key in self.defaults for i, char in enumerate(key) if char == "."}
 
     def check_layer(self, layer: Layer) -> Iterator[ConfigError]:
-        """The keys that a recipe, local or debug file changes must exist."""
-        for key, setting in layer.settings.items():
-            if not self.exists(key):
-                yield self.unknown(key, setting.value, setting.where)
+        """The keys that a recipe, sweep, local or debug file changes must exist."""
+        unknown = {key: setting for key, setting in layer.settings.items() if not self.exists(key)}
+        if unknown and layer.package:  # one that changes keys of all groups, were its first line as it should be
+            first = next(iter(unknown.values()))
+            problem = f"puts all its keys below {layer.package}, and there is no {next(iter(unknown))} ({first.where})"
+            yield ConfigError(layer.name, problem, "# @package _global_   (as the file's first line)")
+            return
+        for key, setting in unknown.items():
+            yield self.unknown(key, setting.value, setting.where)
 
     def check_pins(self, recipes: Sequence[Layer]) -> Iterator[ConfigError]:
         """A recipe that sets a value of a group says which of the group's options the value was found with.

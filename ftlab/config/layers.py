@@ -32,12 +32,14 @@ class Layer:
     change them, so that a misspelt key in a recipe is an error like one on the command line.
 
     Attributes:
+        package: below which key its own go; empty where it was ``@package _global_``.
         picks: the groups of which the file's defaults list picks an option.
     """
 
     name: str
     defines: bool
     settings: dict[str, Setting]
+    package: str = ""
     picks: frozenset[str] = frozenset()
 
 
@@ -53,9 +55,10 @@ def read_layers(loader: ConfigLoaderImpl, defaults: list[ResultDefault], primary
         file = next((root / f"{path}.yaml" for root in roots if (root / f"{path}.yaml").is_file()), None)
         if file is None:
             continue
-        settings = _read(file, f"{file.parents[path.count('/')].name}/{path}.yaml", default.package or "")
-        placed = (default.package or "").startswith(f"{SETS}.")  # one of a mixture's sets, from the command line too
-        layers.append(Layer(path, defines or placed, settings, _picks(file)))
+        package = (default.package or "").removeprefix("_global_").lstrip(".")
+        settings = _read(file, f"{file.parents[path.count('/')].name}/{path}.yaml", package)
+        placed = package.startswith(f"{SETS}.")  # one of a mixture's sets, from the command line too
+        layers.append(Layer(path, defines or placed, settings, package, _picks(file)))
         defines = defines and path != primary
     return layers
 
@@ -67,9 +70,13 @@ def _picks(file: Path) -> frozenset[str]:
 
 
 def _read(file: Path, shown: str, package: str) -> dict[str, Setting]:
-    prefix = "" if package in ("", "_global_") else package.removeprefix("_global_.") + "."
-    parsed = _parse(file.read_text(encoding="utf-8"))
-    return {prefix + key: Setting(value, f"{shown}:{line}") for key, (value, line) in parsed.items()}
+    prefix = f"{package}." if package else ""
+    parsed = {prefix + key: found for key, found in _parse(file.read_text(encoding="utf-8")).items()}
+    return {key: Setting(value, f"{shown}:{line}") for key, (value, line) in parsed.items() if not _is_hydras(key)}
+
+
+def _is_hydras(key: str) -> bool:
+    return key.partition(".")[0] == "hydra"
 
 
 @cache  # by text: the jobs of a sweep are made of the same files
@@ -77,8 +84,8 @@ def _parse(text: str) -> dict[str, tuple[Any, int]]:
     content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     assert isinstance(content, dict), f"an option is a mapping, not {content!r}"
     lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
-    ours = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
-    return {key: (value, lines[key]) for key, value in leaves(ours)}
+    content.pop("defaults", None)
+    return {key: (value, lines.get(key, 1)) for key, value in leaves(content)}  # a merged key (<<) has no line
 
 
 def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
@@ -67,15 +68,25 @@ def _first(text: str) -> str:
     """An override with the first of the values that it sweeps over, if it does."""
     try:
         parsed = OverridesParser.create().parse_override(text)
-    except HydraException:  # told by who checks the command line
+    except (HydraException, ValueError):  # told by who checks the command line
         return text
     return extremes(parsed)[0] if parsed.is_sweep_override() else text
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Swept(Rule):
+    """Keys, each with the values that it is to take."""
+
+    def broken_by(self, value: Any) -> str | None:
+        return None if isinstance(value, Mapping) else f"must hold keys with their values, got {value!r}"
+
+
+_PARAMS = _Swept(optional=True, example={"optimizer.lr": "1e-3,3e-3"})
 _AT_LEAST_0 = Number(whole=True, low=0)
-_SWEEPERS: dict[str, dict[str, Rule]] = {  # what each takes beside params
-    "hydra_plugins.ftlab_sweeps.sweeper.GridSweeper": {},
+_SETTINGS: dict[str, dict[str, Rule]] = {  # of the sweepers and launchers that are ours
+    "hydra_plugins.ftlab_sweeps.sweeper.GridSweeper": {"params": _PARAMS},
     "hydra_plugins.ftlab_sweeps.search.OptunaSweeper": {
+        "params": _PARAMS,
         "n_trials": COUNT,
         "sampler": OneOf(("tpe", "gp", "random")),
         "seed": Number(whole=True, low=0, below=2**32, optional=True),
@@ -83,25 +94,26 @@ _SWEEPERS: dict[str, dict[str, Rule]] = {  # what each takes beside params
         "startup_trials": _AT_LEAST_0,
         "warmup_evaluations": _AT_LEAST_0,
     },
+    "hydra_plugins.ftlab_sweeps.launcher.LocalLauncher": {"jobs_at_once": COUNT},
 }
 
 
-def wrong_settings(sweeper: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """What is wrong with ``hydra.sweeper``, as far as it is one of ours."""
-    rules = _SWEEPERS.get(str(sweeper.get("_target_")))
-    if rules is None:
-        return
-    params = sweeper.get("params")
-    if params is not None and not isinstance(params, Mapping):
-        fix = "hydra.sweeper.params={optimizer.lr:'1e-3,3e-3'}"
-        yield ConfigError("hydra.sweeper.params", f"must hold keys with their values, got {params!r}", fix)
-    for name, value in sweeper.items():
-        key = f"hydra.sweeper.{name}"
+def is_ours(settings: Mapping[Any, Any]) -> bool:
+    """Whether these are a sweeper's or launcher's of ours; others have schemas, by which Hydra composes them."""
+    return str(settings.get("_target_")) in _SETTINGS
+
+
+def wrong_settings(kind: str, settings: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """What is wrong with ``hydra.<kind>``, a sweeper or launcher that `is_ours`."""
+    rules = _SETTINGS[settings["_target_"]]
+    for name, value in settings.items():
+        key = f"hydra.{kind}.{name}"
         if name in rules:
             yield from rules[name].check(key, value)
-        elif name not in ("_target_", "params"):
-            problem = f"no setting of this sweeper; it has {', '.join(['params', *rules])}"
-            yield ConfigError(key, problem, f"hydra.sweeper.params.{name}={value}, where it is to be swept")
+        elif name != "_target_":
+            swept = f"{override(f'hydra.{kind}.params.{name}', value)}, where it is to be swept"
+            fix = swept if "params" in rules else "sweep.jobs_at_once=2"
+            yield ConfigError(key, f"no setting of this {kind}; it has {', '.join(rules)}", fix)
 
 
 def extremes(swept: Override) -> list[str]:

@@ -161,7 +161,7 @@ def _become(job: dict[str, Any]) -> None:
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
     if not job["starts"]:
-        sys.modules["ftlab.jobs"].launch = _show  # type: ignore[attr-defined]
+        _only_show()
     script, *arguments = job["argv"]
     sys.argv = [script, *arguments]
     exit_code: object = 1
@@ -182,6 +182,20 @@ def _become(job: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(exit_code or 0))  # type: ignore[call-overload]
+
+
+def _only_show() -> None:
+    """Print the configuration of a run, or of a sweep's first jobs, in place of beginning it."""
+    sys.modules["ftlab.jobs"].launch = _show  # type: ignore[attr-defined]
+    importlib.import_module("hydra.core.plugins").Plugins.instance()  # which runs the modules of its plugins anew
+    launcher = importlib.import_module("hydra_plugins.ftlab_sweeps.launcher")
+
+    def show_first(pool: Any, configs: Any) -> None:
+        for config in configs[:2]:
+            launcher._run(pool._task, config)
+        sys.exit(0)
+
+    launcher._Pool.run = show_first
 
 
 def _show(config: dict[str, Any], *, own_process: bool) -> int:

@@ -131,6 +131,16 @@ def test_a_misspelt_key_in_a_file_names_file_and_line(file: str, conf: Path, pro
     assert f"optimizer.lrr: unknown key (conf/{file}.yaml:3); did you mean optimizer.lr?" in answer
 
 
+@pytest.mark.parametrize("line", ["hydra:\n  mode: MULTIRUN", "trainer:\n  max_steps: 2"])
+def test_a_file_whose_first_line_is_damaged_says_what_it_should_be(line: str, conf: Path, problems: Problems) -> None:
+    (conf / "sweep" / "mine.yaml").write_text(f"# @pakage _global_\n{line}\n")
+    key = line.replace(":\n  ", ".").partition(":")[0]
+    assert problems("sweep=mine").splitlines() == [
+        f"sweep/mine: puts all its keys below sweep, and there is no sweep.{key} (conf/sweep/mine.yaml:3)",
+        "  try: # @package _global_   (as the file's first line)",
+    ]
+
+
 def test_a_wrong_value_in_a_file_names_file_and_line(conf: Path, problems: Problems) -> None:
     (conf / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer:\n  batch_size: 0\n")
     assert "must be >= 1, got 0 (conf/experiment/mine.yaml:3)" in problems("experiment=mine")

@@ -200,17 +200,22 @@ def test_a_range_in_hydras_grammar_is_optunas_and_is_checked_at_its_ends(text: s
     assert extremes(swept) == [f"key={end}" for end in ends]
 
 
+_OURS = "hydra_plugins.ftlab_sweeps."
+
+
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("kind", "target", "settings", "words"),
     [
-        ({"params": -1}, "hydra.sweeper.params: must hold keys"),
-        ({"seed": "range(0,5)"}, "hydra.sweeper.seed: no setting of this sweeper"),
-        ({"_target_": "hydra_plugins.ftlab_sweeps.search.OptunaSweeper", "n_trials": 0}, "n_trials: must be >= 1"),
-        ({"_target_": "hydra_plugins.ftlab_sweeps.search.OptunaSweeper", "sampler": "tpa"}, "sampler=tpe"),
+        ("sweeper", "sweeper.GridSweeper", {"params": -1}, "hydra.sweeper.params: must hold keys"),
+        ("sweeper", "sweeper.GridSweeper", {"seed": "1,2"}, "hydra.sweeper.seed: no setting of this sweeper"),
+        ("sweeper", "search.OptunaSweeper", {"n_trials": 0}, "n_trials: must be >= 1"),
+        ("sweeper", "search.OptunaSweeper", {"sampler": "tpa"}, "sampler=tpe"),
+        ("launcher", "launcher.LocalLauncher", {"jobs_at_once": ":"}, "jobs_at_once: must be a whole number"),
+        ("launcher", "launcher.LocalLauncher", {"n_jobs": 2}, "hydra.launcher.n_jobs: no setting of this launcher"),
     ],
 )
-def test_a_wrong_setting_of_a_sweeper_is_told_with_its_key(settings, words):
+def test_a_wrong_setting_of_a_sweeper_or_launcher_is_told_with_its_key(kind, target, settings, words):
     from ftlab.config.sweeps import wrong_settings
 
-    [problem] = wrong_settings({"_target_": "hydra_plugins.ftlab_sweeps.sweeper.GridSweeper"} | settings)
+    [problem] = wrong_settings(kind, {"_target_": _OURS + target} | settings)
     assert words in str(problem)
