@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,17 @@ def read_overrides(overrides: Sequence[str], options: Options) -> CommandLine:
         else:
             line.values.append(given)
     return line
+
+
+def given_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Key and value of each override that gives one."""
+    parser, values = OverridesParser.create(), {}
+    for text in overrides:
+        with suppress(HydraException, ValueError):
+            given = parser.parse_override(text)
+            if not given.is_delete() and not given.is_sweep_override():
+                values[given.key_or_group] = given.value()
+    return values
 
 
 def several_values(given: Override) -> ConfigError:

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from ftlab.errors import ConfigError
 from ftlab.lab.curves import pack
-from ftlab.lab.runs import RunRecord, find_runs
+from ftlab.lab.runs import RunRecord, find_runs, jobs_without_runs
 from ftlab.lab.statistics import Interval
 from ftlab.lab.summary import Summary, summarise
 from ftlab.outputs.environment import now
@@ -57,7 +57,7 @@ def write_report(
         ConfigError: there is no run, none has ``metric``, or plotly is not installed.
     """
     plotly = _plotly()
-    return _write(find_runs(folders), folders, out, plotly, title, metric, refresh_s)
+    return _write(_everything(folders), folders, out, plotly, title, metric, refresh_s)
 
 
 def watch(
@@ -79,12 +79,12 @@ def watch(
     known: dict[Path, tuple[object, RunRecord]] = {}
     while True:
         runs = []
-        for run in find_runs(folders):
-            state = _state(run.folder)
+        for run in _everything(folders):
+            state = _state(run)
             if run.folder not in known or known[run.folder][0] != state:
                 known[run.folder] = (state, run)
             runs.append(known[run.folder][1])
-        going_on = sum(run.status == "running" for run in runs)
+        going_on = sum(run.goes_on for run in runs)
         page = _write(runs, folders, out, plotly, title, metric, every_s if going_on else None)
         on_written(page, going_on)
         if not going_on:
@@ -92,11 +92,17 @@ def watch(
         time.sleep(every_s)
 
 
-def _state(folder: Path) -> object:
+def _everything(folders: Sequence[Path]) -> list[RunRecord]:
+    """All runs, and after them the jobs of their sweeps that have left none."""
+    runs = find_runs(folders)
+    return [*runs, *jobs_without_runs(runs, folders)]
+
+
+def _state(run: RunRecord) -> object:
     """Changes when anything does that the report shows; whether the process still lives may change without."""
     names = ("run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json")
-    stats = [(folder / name).stat() if (folder / name).exists() else None for name in names]
-    return [(s.st_size, s.st_mtime_ns) if s else None for s in stats], RunRecord(folder).status
+    stats = [(run.folder / name).stat() if (run.folder / name).exists() else None for name in names]
+    return [(s.st_size, s.st_mtime_ns) if s else None for s in stats], run.status, run.job
 
 
 def _plotly() -> str:
@@ -186,7 +192,8 @@ def payload(summary: Summary, out: Path, refresh_s: float | None) -> dict[str, A
 def labels(runs: Sequence[RunRecord]) -> list[str]:
     """What to call each run: its name, or where several share it a job's number, its folder, or its folder's place."""
     numbered = all(re.match(r"\d+_", run.folder.name) for run in runs) and len({run.folder.parent for run in runs}) == 1
-    kinds: list[Callable[[RunRecord], str]] = [lambda run: run.name]
+    named = all(run.config for run in runs) or not numbered  # a job that never began has no name of its own
+    kinds: list[Callable[[RunRecord], str]] = [lambda run: run.name] if named else []
     kinds += [lambda run: f"#{run.folder.name.partition('_')[0]}"] if numbered else []
     kinds += [lambda run: run.folder.name, lambda run: f"{run.folder.parent.name}/{run.folder.name}"]
     for name in kinds:
@@ -202,7 +209,7 @@ def _run(run: RunRecord, label: str, out: Path) -> dict[str, Any]:
         "label": label,
         "name": run.name,
         "path": str(run.folder),
-        "link": _link(run.folder, out),
+        "link": _link(run.folder, out) if run.folder.is_dir() else None,
         "files": {name: _link(run.folder / name, out) for name in names if (run.folder / name).is_file()},
         "status": run.status,
         "error": run.error,
@@ -263,18 +270,30 @@ def _seeds(summary: Summary) -> dict[str, Any] | None:
 
 
 def _samples(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """The last answers of every run, by prompt; long texts and long lists are cut."""
+    """The last answers of every run, and those of a small evaluation since, by prompt; what is long is cut."""
     prompts: dict[str, dict[str, Any]] = {}
     left = _MAX_ANSWERS
     for i, run in enumerate(runs):
-        last = max((row["step"] for row in run.samples), default=0)
-        for row in run.samples:
+        for row in _last_answers(run):
             prompt = str(row.get("prompt", ""))
-            if row["step"] != last or left == 0 or (prompt not in prompts and len(prompts) == _MAX_SAMPLES):
+            if left == 0 or (prompt not in prompts and len(prompts) == _MAX_SAMPLES):
                 continue
-            left -= 1
             one = prompts.setdefault(prompt, {"prompt": prompt[:_MAX_CHARACTERS], "reference": None, "answers": []})
             one["reference"] = one["reference"] or str(row.get("reference", ""))[:_MAX_CHARACTERS]
             answer = str(row.get("generated", ""))[:_MAX_CHARACTERS]
-            one["answers"].append({"run": i, "step": last, "text": answer, "correct": row.get("correct")})
+            told = {"run": i, "step": row["step"], "text": answer, "correct": row.get("correct")}
+            if not any(told.items() <= known.items() for known in one["answers"]):  # measured again, answered the same
+                left -= 1
+                one["answers"].append({**told, "on": row.get("on")})
     return list(prompts.values())
+
+
+def _last_answers(run: RunRecord) -> Iterator[dict[str, Any]]:
+    """Of training the last, and of each set that ``ftlab evaluate`` measured the newest."""
+    last = max((row["step"] for row in run.samples), default=0)
+    yield from (row for row in run.samples if row["step"] == last)
+    evaluated = {str(one.get("on")): one for one in run.evaluations}
+    for on, one in evaluated.items():
+        answers = [row for row in one.get("samples") or [] if isinstance(row, dict)]
+        if len(answers) <= _MAX_SAMPLES:
+            yield from ({**row, "step": one.get("step") or last, "on": on} for row in answers)

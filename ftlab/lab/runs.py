@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any
 import yaml
 
 from ftlab.config.layers import leaves
+from ftlab.config.overrides import given_values
 from ftlab.errors import ConfigError
-from ftlab.outputs.folder import read_record
+from ftlab.outputs.folder import is_held, read_record
+from ftlab.outputs.sweep import FILE as SWEEP
+from ftlab.outputs.sweep import Job, SweepFolder
 
 Row = dict[str, Any]
 Series = list[tuple[int, float | None]]  # step and value; None where it was not finite
@@ -31,9 +35,11 @@ class RunRecord:
 
     Attributes:
         folder: absolute, links resolved.
+        job: what its sweep knows of it, in the form of a ``run.json``; only where it has none itself.
     """
 
     folder: Path
+    job: Row | None = None
 
     @cached_property
     def record(self) -> Row:
@@ -41,7 +47,7 @@ class RunRecord:
         try:
             return read_record(self.folder)
         except (OSError, ValueError, RecursionError):
-            return {}
+            return self.job or {}
 
     @cached_property
     def config(self) -> Row:
@@ -51,13 +57,13 @@ class RunRecord:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """``config`` flat: dotted key and value; a list is one value."""
-        return {str(key): value for key, value in leaves(self.config)}
+        """``config`` flat: dotted key and value, a list is one value; of a job that never had one, its overrides."""
+        return {str(key): value for key, value in leaves(self.config)} or given_values(self.overrides)
 
     @cached_property
     def overrides(self) -> list[str]:
         """What the user typed, as Hydra noted it."""
-        found = _yaml(self.folder / ".hydra" / "overrides.yaml")
+        found = _yaml(self.folder / ".hydra" / "overrides.yaml") or self.part("job").get("overrides")
         return [str(item) for item in found] if isinstance(found, list) else []
 
     @cached_property
@@ -98,11 +104,17 @@ class RunRecord:
     @cached_property
     def status(self) -> str:
         """``running``, ``completed``, ``failed`` or ``preempted``; ``pruned``: a search gave it up; ``lost``: it says
-        running, but its process is gone; ``unknown``: there is no ``run.json`` that can be read."""
+        running, but its process is gone; ``pending``: a sweep's job that has not begun; ``unknown``: there is no
+        ``run.json`` that can be read."""
         status = str(self.record.get("status", "unknown"))
         if status == "preempted" and (self.folder / "pruned.json").is_file():
             return "pruned"
         return "lost" if status == "running" and self._writer_is_gone() else status
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there will be more of it: it is running, or its sweep is and has not come to it yet."""
+        return self.status == "running" or (self.status == "pending" and is_held(self.folder.parent))
 
     @property
     def error(self) -> dict[str, str] | None:
@@ -177,7 +189,33 @@ def find_runs(paths: Iterable[Path]) -> list[RunRecord]:
         found |= {folder: RunRecord(folder) for folder in runs}
         if not runs and before == len(found):
             raise ConfigError("FOLDER", f"there is no run in {path}", "outputs, multirun_outputs or a run's folder")
-    return sorted(found.values(), key=lambda run: (str(run.record.get("started", "")), natural(str(run.folder))))
+    # "~": what does not say when it began comes last
+    return sorted(found.values(), key=lambda run: (str(run.record.get("started", "~")), natural(str(run.folder))))
+
+
+def jobs_without_runs(runs: Sequence[RunRecord], paths: Iterable[Path]) -> list[RunRecord]:
+    """The jobs that have left no run: pending ones, lost ones, of the sweeps in ``paths`` that ``runs`` belong to."""
+    found, above = {run.folder for run in runs}, [path.expanduser().resolve() for path in paths]
+    jobs = []
+    for folder in dict.fromkeys(run.folder.parent for run in runs):
+        if (folder / SWEEP).is_file() and any(folder.is_relative_to(path) for path in above):
+            with suppress(ConfigError):  # its sweep.json cannot be read
+                sweep = SweepFolder.noted(folder)
+                absent = [job for job in sweep.jobs if folder / job.folder not in found]
+                jobs += [RunRecord(folder / job.folder, _as_record(job, sweep)) for job in absent]
+    return jobs
+
+
+def _as_record(job: Job, sweep: SweepFolder) -> Row:
+    error = {"type": job.kind or "error", "kind": job.kind or "error", "message": job.error}
+    return {
+        "status": job.status,
+        "error": error if job.error else None,
+        "progress": {"step": job.step},
+        "metrics": {} if job.value is None else {sweep.about.get("metric", "val/loss"): job.value},
+        "duration_s": job.duration_s,
+        "job": {"overrides": job.overrides},
+    }
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -207,16 +245,17 @@ def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     Where they run and what they are called is not a setting. Where runs take different components (``_target_``), the
     arguments that only one of these has are not listed: the component says it.
     """
-    present = [run for run in runs if run.settings]
+    present = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in present for key in run.settings)
     varying = {}
     for key in keys:
-        values = [run.settings[key] for run in present if key in run.settings]
+        values = [run.settings[key] for run in runs if key in run.settings]
         component = f"{key.rpartition('.')[0]}._target_"
         explained = len({run.settings.get(component) for run in present}) > 1
         if key.startswith(_NO_SETTING) or key.endswith("._partial_"):
             continue
-        if any(value != values[0] for value in values) or (len(values) < len(present) and not explained):
+        lacking = any(key not in run.settings for run in present)
+        if any(value != values[0] for value in values) or (lacking and not explained):
             varying[key] = [run.settings.get(key) for run in runs]
     return varying
 

@@ -79,6 +79,17 @@ class SweepFolder:
         Raises:
             ConfigError: there is none.
         """
+        sweep = cls.noted(path)
+        sweep._look()
+        return sweep
+
+    @classmethod
+    def noted(cls, path: Path | str) -> SweepFolder:
+        """The sweep in ``path`` as ``sweep.json`` has it, without a look at its jobs' folders.
+
+        Raises:
+            ConfigError: there is none.
+        """
         path = Path(path).expanduser().absolute()
         try:
             content = json.loads((path / FILE).read_text(encoding="utf-8"))
@@ -86,9 +97,7 @@ class SweepFolder:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             problem = f"there is no sweep in {path}: {FILE} cannot be read ({type(error).__name__})"
             raise ConfigError("sweep.resume", problem, "a folder below multirun_outputs/") from None
-        sweep = cls(path, content, jobs)
-        sweep._look()
-        return sweep
+        return cls(path, content, jobs)
 
     @classmethod
     def begin(cls, path: Path | str, command: Sequence[str], metric: str) -> SweepFolder:

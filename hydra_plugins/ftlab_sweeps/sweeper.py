@@ -123,11 +123,10 @@ class GridSweeper(Sweeper):
         """report.html on all jobs, where what draws it is installed; in W&B too, where the jobs are."""
         from ftlab.lab.report import write_report
 
-        begun = [self.path / job.folder for job in self.folder.jobs if job.status != "pending"]
-        if not begun:
+        if all(job.status == "pending" for job in self.folder.jobs):
             return
         try:
-            print(f"report: {shortest(write_report(begun, self.path, title=self.path.name))}")
+            print(f"report: {shortest(write_report([self.path], self.path, title=self.path.name))}")
         except ConfigError as error:
             print(f"no report: {error.problem}" + (f"; try: {error.fix}" if error.fix else ""))
         if (node := self.master.logger.get("wandb")) is not None:

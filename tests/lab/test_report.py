@@ -16,6 +16,7 @@ from ftlab.cli import main
 from ftlab.errors import ConfigError
 from ftlab.lab import report
 from ftlab.lab.report import write_report
+from ftlab.outputs.sweep import SweepFolder, fail
 from tests.lab.browser import CHROMIUM, chromium
 from tests.lab.folders import make_run
 
@@ -69,6 +70,44 @@ def test_the_page_holds_all_it_needs_and_no_text_of_a_user_ends_its_script(sweep
     assert len(re.findall(r"<script\b", text.partition('id="data">')[0])) == 1  # the title's is escaped
     assert not re.search(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)\s*=\s*["']?https?:""", text)
     assert "default-src 'none'" in text
+
+
+def test_jobs_that_left_no_run_are_listed_with_what_their_sweep_knows(tmp_path):
+    sweep = SweepFolder(tmp_path / "sweeps" / "grid", {"metric": "val/loss"})
+    for lr in ("0.001", "1e-05", "0.01", "0.02"):
+        sweep.add([f"optimizer.lr={lr}", "seed=0"], f"{len(sweep.jobs)}_lr={lr}")
+    a_run(sweep.path / sweep.jobs[0].folder, 1e-3, 0)
+    early = sweep.path / sweep.jobs[1].folder  # it failed before it had a configuration
+    (early / ".hydra").mkdir(parents=True)
+    (early / ".hydra" / "overrides.yaml").write_text("- optimizer.lr=1e-05\n- seed=0\n")
+    fail(early, ConfigError("optimizer.lr", "is small"))
+    sweep.jobs[2].status, sweep.jobs[2].kind, sweep.jobs[2].error = "failed", "killed", "the machine went down"
+    sweep.refresh()
+    write_report([tmp_path / "sweeps"], tmp_path)
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["completed", "failed", "failed", "pending"]
+    assert [float(row["optimizer.lr"]) for row in rows] == [1e-3, 1e-5, 1e-2, 2e-2]
+    assert [row["error"] for row in rows[2:]] == ["killed: the machine went down", ""]
+    assert "is small" in rows[1]["error"]
+    told = payload_of(tmp_path / "report.html")
+    assert [run["label"] for run in told["runs"]] == ["#0", "#1", "#2", "#3"]
+    assert told["runs"][3]["link"] is None
+    write_report([sweep.path / sweep.jobs[0].folder], tmp_path / "one")
+    assert len(payload_of(tmp_path / "one" / "report.html")["runs"]) == 1
+
+
+def test_answers_of_a_small_evaluation_stand_beside_those_of_training(tmp_path):
+    run = a_run(tmp_path / "run", 1e-3, 0)
+    answers = [
+        {"prompt": "0 + 1 =", "generated": text, "reference": "1", "correct": text == "1"} for text in ("42", "1")
+    ]
+    many = [{"prompt": str(i), "generated": "", "reference": "", "correct": None} for i in range(1000)]
+    found = [{"on": "sums", "step": 200, "samples": answers}, {"on": "many", "step": 200, "samples": many}]
+    (run / "evaluation.json").write_text(json.dumps(found))
+    samples = payload_of(write_report([run], tmp_path))["samples"]
+    assert [sample["prompt"] for sample in samples] == ["0 + 1 =", "1 + 1 =", "2 + 1 ="]
+    assert [(answer["text"], answer["on"]) for answer in samples[0]["answers"]] == [("42", None), ("1", "sums")]
 
 
 def test_the_table_is_written_too(sweep, tmp_path):

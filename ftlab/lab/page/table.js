@@ -5,7 +5,7 @@ const FORMATS = COLUMNS.map(columnFormat);
 const SETTINGS = COLUMNS.filter((column) => column.setting);
 const RESULTS = COLUMNS.filter((column) => !column.setting);
 const byKey = (key) => COLUMNS.find((column) => column.key === key);
-const STATUSES = ["running", "completed", "failed", "lost", "pruned", "preempted", "unknown"].filter((status) =>
+const STATUSES = ["running", "pending", "completed", "failed", "lost", "pruned", "preempted", "unknown"].filter((status) =>
   RUNS.some((run) => run.status === status),
 );
 const TOLD = [];
@@ -35,7 +35,7 @@ function varies(column) {
   return column.cells.filter((cell) => cell !== usual).length > 0.15 * RUNS.length;
 }
 
-const SIGNS = { running: "◌", completed: "✓", failed: "✕", lost: "✕", pruned: "✂", preempted: "‖", unknown: "?" };
+const SIGNS = { running: "◌", pending: "…", completed: "✓", failed: "✕", lost: "✕", pruned: "✂", preempted: "‖", unknown: "?" };
 const off = new Set(state.off ?? []);
 
 const BASES = [

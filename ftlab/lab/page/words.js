@@ -57,6 +57,9 @@ function drawFailures() {
 
 const MOST_ANSWERS = 18;
 
+/** When an answer was given, and for which evaluation if it was not in training. */
+const where = (answer) => `step ${thousands(answer.step)}${answer.on ? `, ${answer.on}` : ""}`;
+
 function drawSamples() {
   if (!DATA.samples.length) return;
   state.prompt = Math.min(state.prompt, DATA.samples.length - 1);
@@ -72,7 +75,7 @@ function drawSamples() {
       el(
         "div", { class: "cardhead" },
         el("span", { title: RUNS[answer.run].label }, el("span", { class: "swatch", style: `display:inline-block;margin-right:7px;background:${colours[answer.run].colour}` }), told(answer.run)),
-        answer.correct === null || answer.correct === undefined ? el("span", { class: "muted" }, `step ${thousands(answer.step)}`) : answer.correct ? el("span", { class: "right" }, "✓ right") : el("span", { class: "wrong" }, "✕ wrong"),
+        answer.correct === null || answer.correct === undefined ? el("span", { class: "muted" }, where(answer)) : answer.correct ? el("span", { class: "right", title: where(answer) }, "✓ right") : el("span", { class: "wrong", title: where(answer) }, "✕ wrong"),
       ),
       el("div", { class: "text" }, answer.text || "(nothing)"),
     ),
