@@ -7,7 +7,9 @@ touched only inside the model's forward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftlab import IGNORE_INDEX
+
+# Logits whose softmax is taken at once, in float32: on a CPU they stay in its cache, on a GPU they bound the memory.
+_SCRATCH_ON_HOST, _SCRATCH_ON_GPU = 2**20, 2**26
 
 
 class Loss(Protocol):
@@ -28,6 +33,8 @@ class Loss(Protocol):
     ) -> Tensor: ...
 
     def of_logits(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor: ...
+
+    def compiled(self) -> Loss: ...
 
 
 def token_nll_sum(
@@ -77,6 +84,10 @@ class CrossEntropy:
         """Summed loss of ``targets`` (N,) under ``hidden`` (N, D) @ ``head_weight`` (V, D)ᵀ."""
         return self.of_logits(F.linear(hidden, head_weight), targets, weights)
 
+    def compiled(self) -> CrossEntropy:
+        """The same where there is a kernel to compile."""
+        return self
+
     def of_logits(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Summed loss of ``targets`` (N,) under ``logits`` (N, V)."""
         return token_nll_sum(logits, targets, weights, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
@@ -106,6 +117,42 @@ class ChunkedCrossEntropy(CrossEntropy):
             total = total + super().__call__(hidden[chunk], head_weight, targets[chunk], some_weights)
         return total
 
+    def compiled(self) -> CompiledChunkedCrossEntropy:
+        return CompiledChunkedCrossEntropy(**vars(self))
+
+    def to_gradient(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The summed loss of ``targets`` (N,) under ``logits`` (N, V), which become its gradient by them, in place.
+
+        Rows without a target add nothing, and are not blanked in the gradient.
+        """
+        counts = targets != IGNORE_INDEX
+        places = torch.arange(len(logits), device=logits.device), targets.masked_fill(~counts, 0)
+        at_targets = logits[places].float()[:, None]
+        n_rows = max(1, (_SCRATCH_ON_GPU if logits.is_cuda else _SCRATCH_ON_HOST) // logits.shape[1])
+        parts = []
+        for start in range(0, len(logits), n_rows):
+            rows = slice(start, start + n_rows)
+            some_weights = None if weights is None else weights[rows, None]
+            parts.append(
+                self._softmax_into(logits[rows], at_targets[rows], some_weights, self.label_smoothing, self.z_loss)
+            )
+        nll, d_target = (torch.cat(part)[:, 0] for part in zip(*parts, strict=True))
+        logits[places] = d_target.to(logits.dtype)
+        return nll.masked_fill(~counts, 0.0).sum()
+
+    def _softmax_into(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return _softmax_into(*arguments)
+
+
+class CompiledChunkedCrossEntropy(ChunkedCrossEntropy):
+    """The same with the softmax, its gradient and all casts compiled into one kernel."""
+
+    def _softmax_into(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        for tensor in arguments:  # the last rows of a step are as many as are left
+            if isinstance(tensor, Tensor):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return _compiled_softmax_into()(*arguments)
+
 
 class _ChunkedNLL(torch.autograd.Function):
     """Takes the gradients of a chunk while its logits are at hand, so that they need not be computed twice.
@@ -133,11 +180,11 @@ class _ChunkedNLL(torch.autograd.Function):
             chunk = slice(start, start + loss.chunk_tokens)
             x = hidden[chunk].to(compute)
             some_weights = None if weights is None else weights[chunk]
-            nll, d_logits = _nll_and_gradient(F.linear(x, weight), targets[chunk], some_weights, loss)
-            total += nll
+            logits = F.linear(x, weight)
+            total += loss.to_gradient(logits, targets[chunk], some_weights)
             counts = (targets[chunk] != IGNORE_INDEX)[:, None]
-            d_hidden[chunk] = (d_logits @ weight).masked_fill_(~counts, 0.0)
-            part = d_logits.t() @ x.masked_fill(~counts, 0.0)
+            d_hidden[chunk] = (logits @ weight).masked_fill_(~counts, 0.0)
+            part = logits.t() @ x.masked_fill(~counts, 0.0)
             # Sums over chunks in float32: in bfloat16 every addition would round.
             d_weight = part if d_weight is None else d_weight.float().add_(part)
         if d_weight is None:  # no targets at all
@@ -152,30 +199,46 @@ class _ChunkedNLL(torch.autograd.Function):
         return d_hidden.mul_(d_total[0]), d_weight.mul_(d_total[0]), None, None, None
 
 
-def _nll_and_gradient(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, loss: CrossEntropy
+def _softmax_into(
+    logits: Tensor, at_target: Tensor, weights: Tensor | None, smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """``token_nll_sum`` and its gradient by ``logits`` (N, V), whose memory it may reuse; rows without a target are
-    not blanked in the gradient."""
-    n_classes, smoothing = logits.shape[1], loss.label_smoothing
-    counts = targets != IGNORE_INDEX
-    places = targets.masked_fill(~counts, 0)[:, None]
-    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    log_p_target = log_p.gather(1, places)
-    nll = -(1 - smoothing) * log_p_target[:, 0]
-    if smoothing:
-        nll = nll - smoothing / n_classes * log_p.sum(dim=-1)
-    log_z = logits.gather(1, places).float() - log_p_target if loss.z_loss else None
-    d_logits = log_p.exp_()  # the softmax
-    if log_z is not None:
-        nll = nll + loss.z_loss * log_z[:, 0].square()
-        d_logits.mul_(1 + 2 * loss.z_loss * log_z)
-    if smoothing:
-        d_logits.sub_(smoothing / n_classes)
-    d_logits.scatter_add_(1, places, torch.full_like(log_p_target, smoothing - 1))
+    """Replace ``logits`` (N, V) by the gradient of their loss, except at the targets.
+
+    Args:
+        at_target: (N, 1) float32, the targets' logits.
+        weights: (N, 1), of each loss; None: 1.
+
+    Returns:
+        Loss and gradient at the targets, (N, 1) float32 each. The second is apart because it is a probability less
+        1: once rounded to bfloat16, a probability near 1 leaves nothing of it.
+    """
+    n_classes = logits.shape[1]
+    x = logits.float()  # a copy, or logits themselves, which are lost anyway
+    top = x.amax(dim=1, keepdim=True)
+    x.sub_(top)
+    at_target = at_target - top
+    sum_x = x.sum(dim=1, keepdim=True) if smoothing else None
+    x.exp_()
+    sum_exp = x.sum(dim=1, keepdim=True)
+    nll = sum_exp.log() - (1 - smoothing) * at_target
+    scale = sum_exp.reciprocal()
+    if z_loss:
+        log_z = sum_exp.log() + top
+        nll = nll + z_loss * log_z.square()
+        scale = scale * (1 + 2 * z_loss * log_z)
+    evenly = smoothing / n_classes
+    if sum_x is not None:
+        nll = nll - evenly * sum_x
+    d_target = at_target.exp() * scale - (1 - smoothing) - evenly
     if weights is not None:
-        nll = nll * weights
-        d_logits.mul_(weights[:, None])
-    if logits.dtype != d_logits.dtype:
-        d_logits = logits.copy_(d_logits)
-    return nll.masked_fill(~counts, 0.0).sum(), d_logits
+        nll, d_target, scale = nll * weights, d_target * weights, scale * weights
+    if smoothing:
+        logits.copy_(x.mul_(scale).sub_(evenly if weights is None else evenly * weights))
+    else:
+        torch.mul(x, scale, out=logits)
+    return nll, d_target
+
+
+@cache
+def _compiled_softmax_into() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_softmax_into)

@@ -14,6 +14,7 @@ from ftlab.data.loader import BatchLoader
 from ftlab.distributed.base import Strategy
 from ftlab.distributed.env import WorkerEnv, keep_freed_memory, peak_flops
 from ftlab.distributed.precision import Precision
+from ftlab.losses import Loss
 from ftlab.models.auto import AnyModelConfig
 from ftlab.models.compiled import compile_blocks
 from ftlab.optim.groups import decay_groups
@@ -59,8 +60,10 @@ def assemble_run(
         dp_size=parallel.dp_size,
     )
     model = build_model(model_config, fill, precision, parallel)
+    loss: Loss = build(config["loss"])
     if config["compile"]:
         compile_blocks(model, varying=not is_packed(config))
+        loss = loss.compiled()
     optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
     schedule = build(config["scheduler"], total_steps=trainer.total_steps(loader.steps_per_epoch))
     scaler = precision.grad_scaler(parallel.device)
@@ -77,7 +80,7 @@ def assemble_run(
         trainer=trainer,
         state=state,
         loader=loader,
-        loss=build(config["loss"]),
+        loss=loss,
         precision=precision,
         parallel=parallel,
         evaluator=evaluator,

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from ftlab import IGNORE_INDEX
 from ftlab.data.batch import Pack
 from ftlab.distributed.single import OneRank
+from ftlab.losses import ChunkedCrossEntropy
 from ftlab.models import attention
 from ftlab.models.attention import Documents
 from ftlab.models.compiled import compile_blocks
@@ -85,6 +87,25 @@ def test_compiled_packed_rows_train_as_plain_ones_do(hand_run, compiled, recompu
     assert made.losses == pytest.approx(plain.losses, rel=1e-5)
     assert n_graphs() == 1
     assert not counters["graph_break"]
+
+
+def test_the_compiled_loss_is_the_plain_one_and_compiled_once_for_all_numbers_of_targets():
+    torch._dynamo.reset()
+    counters.clear()
+    plain = ChunkedCrossEntropy(label_smoothing=0.1, z_loss=1e-3, chunk_tokens=64)
+    compiled = plain.compiled()
+    generator = torch.Generator().manual_seed(0)
+    for n in (200, 64, 90, 7):  # the last chunks have 8, 64, 26 and 7 targets
+        logits, targets = torch.randn(n, 300, generator=generator), torch.randint(300, (n,), generator=generator)
+        targets[::5] = IGNORE_INDEX
+        copies, weights = [logits.bfloat16(), logits.bfloat16()], torch.rand(n, generator=generator)
+        one, other = (
+            loss.to_gradient(copy, targets, weights) for loss, copy in zip((plain, compiled), copies, strict=True)
+        )
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=0)
+        torch.testing.assert_close(copies[1], copies[0], rtol=2**-7, atol=0)  # a unit in the last place
+    assert n_graphs() == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("window", [None, 3])
