@@ -12,7 +12,8 @@ from ftlab.assembly.model import Fill, build_model
 from ftlab.config.build import Config, build
 from ftlab.data.loader import BatchLoader
 from ftlab.distributed.base import Strategy
-from ftlab.distributed.env import WorkerEnv, keep_freed_memory, peak_flops
+from ftlab.distributed.env import WorkerEnv, keep_freed_memory, peak_flops, return_freed_memory
+from ftlab.distributed.fsdp import Shards
 from ftlab.distributed.precision import Precision
 from ftlab.losses import Loss
 from ftlab.models.auto import AnyModelConfig
@@ -46,10 +47,10 @@ def assemble_run(
     rng.seed(config["seed"])
     trainer: TrainerConfig = build(config["trainer"])
     precision: Precision = build(config["precision"])
-    if worker.device.type == "cpu":
-        keep_freed_memory()
     strategy: Strategy = build(config["parallelism"])
     parallel = strategy.start(worker, precision)
+    if worker.device.type == "cpu":
+        return_freed_memory() if isinstance(parallel, Shards) else keep_freed_memory()
     if global_batch_size is not None:
         trainer = trainer.with_global_batch_size(global_batch_size, parallel.dp_size)
     trainer.require_one_micro_batch(parallel.dp_size)

@@ -25,6 +25,7 @@ from ftlab.data.weights import ONE
 from ftlab.distributed.base import Parallelism, Strategy
 from ftlab.distributed.ddp import Replicas
 from ftlab.distributed.env import WorkerEnv
+from ftlab.distributed.fsdp import Shards
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.losses import Loss
@@ -40,6 +41,7 @@ from ftlab.training.update import only
 
 # Beside tensors: code of kernels that is paged in, their packing buffers, threads' stacks. Measured: 10 to 40 MiB.
 PROCESS_BYTES = 32 * 2**20
+_PAGE = 4096
 _CPU = torch.device("cpu")
 
 
@@ -134,7 +136,12 @@ def rehearse(
         state = run.state.optimizer.state.values()
         kept = [value for values in state for value in values.values() if isinstance(value, Tensor)]
         weights, optimizer_state = sum(map(_n_bytes, model.parameters())), sum(map(_n_bytes, kept))
-        peak = cuda_peak(live.phases) if on_cuda else heap_peak(live.phases) + PROCESS_BYTES
+        if on_cuda:
+            peak = cuda_peak(live.phases)
+        elif isinstance(parallel, Shards):  # whose blocks go back to the kernel
+            peak = max(live_peaks(live.phases, _PAGE)) + PROCESS_BYTES
+        else:
+            peak = heap_peak(live.phases) + PROCESS_BYTES
         if on_cuda and getattr(strategy, "cpu_offload", False):  # then what is kept is kept on the host
             peak -= weights + gradients.total + optimizer_state
     return Rehearsal(

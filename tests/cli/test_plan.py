@@ -139,14 +139,8 @@ CONFIGURATIONS = {
 }
 
 
-# Blocks that are gathered and given back leave gaps that grow over the first steps, up to a third: not modelled.
-GAPS_OF_GATHERING = pytest.mark.xfail(reason="docs/planning.md: what the heap makes of gathered blocks", strict=False)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=GAPS_OF_GATHERING) if name == "fsdp" else name for name in CONFIGURATIONS]
-)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_predicted_peak_memory_is_within_ten_percent_of_the_measured(name, shared_data, tmp_path):
     overrides = [override.format(shared=shared_data) for override in CONFIGURATIONS[name]]
     command = [
