@@ -65,14 +65,17 @@ def loss_and_gradients(loss, hidden, weight, targets, scale=0.01):
     return total.detach(), hidden.grad, weight.grad
 
 
+SETTINGS = {  # of a chunked loss, and of what it is computed from
+    "n": st.integers(0, 40),
+    "chunk_tokens": st.integers(1, 50),
+    "label_smoothing": st.sampled_from([0.0, 0.1]),
+    "z_loss": st.sampled_from([0.0, 1e-3]),
+    "seed": st.integers(0, 2**31),
+}
+
+
 @settings(max_examples=30, deadline=None)
-@given(
-    n=st.integers(0, 40),
-    chunk_tokens=st.integers(1, 50),
-    label_smoothing=st.sampled_from([0.0, 0.1]),
-    z_loss=st.sampled_from([0.0, 1e-3]),
-    seed=st.integers(0, 2**31),
-)
+@given(**SETTINGS)
 def test_chunked_loss_and_gradients_are_those_of_the_plain_one(n, chunk_tokens, label_smoothing, z_loss, seed):
     problem = random_problem(n=n, seed=seed)
     plain = CrossEntropy(label_smoothing=label_smoothing, z_loss=z_loss)

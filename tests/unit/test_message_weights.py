@@ -28,6 +28,7 @@ from ftlab.errors import DataError
 from ftlab.losses import ChunkedCrossEntropy, CrossEntropy
 from tests.loop.conftest import precision_of
 from tests.unit.test_evaluate import evaluator
+from tests.unit.test_losses import SETTINGS
 from tests.unit.test_transformer import initialised, small
 
 WEIGHTS = [0, 0.05, 1 / 3, 0.7, 1, 1, None, 2.5, 40]
@@ -227,13 +228,7 @@ def test_loss_and_gradients_are_those_of_a_mean_by_weight(make, packing):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    n=st.integers(0, 40),
-    chunk_tokens=st.integers(1, 50),
-    label_smoothing=st.sampled_from([0.0, 0.1]),
-    z_loss=st.sampled_from([0.0, 1e-3]),
-    seed=st.integers(0, 2**31),
-)
+@given(**SETTINGS)
 def test_both_losses_weigh_alike_and_as_float64_does(n, chunk_tokens, label_smoothing, z_loss, seed):
     g = torch.Generator().manual_seed(seed)
     hidden, head = torch.randn(n, 8, generator=g), torch.randn(30, 8, generator=g)
