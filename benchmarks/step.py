@@ -31,8 +31,9 @@ from ftlab.data.batch import Pack, Sample
 from ftlab.data.loader import BatchLoader
 from ftlab.distributed.env import WorkerEnv, describe_device, peak_flops
 from ftlab.models.transformer import ModelConfig
-from ftlab.training.loop import Run, remaining_steps, train_step
+from ftlab.training.loop import remaining_steps, train_step
 from ftlab.training.metrics import peak_memory_gib
+from ftlab.training.run import Run
 
 MFU_FORMULA = "(6·N_matmul·tokens + 12·L·d·T²·sequences) / seconds / peak"
 

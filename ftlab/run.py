@@ -32,9 +32,10 @@ from ftlab.training.card import model_card
 from ftlab.training.checkpoint import CheckpointConfig
 from ftlab.training.export import export_model
 from ftlab.training.ledger import Ledger
-from ftlab.training.loop import Run, fit
+from ftlab.training.loop import fit
 from ftlab.training.observers import make_observers
 from ftlab.training.opened import open_checkpoint
+from ftlab.training.run import Run
 from ftlab.training.update import averaged
 from ftlab.training.wishes import ending_on_signals, ignore_signals
 

@@ -32,10 +32,10 @@ from ftlab.outputs.secrets import mask_secrets
 from ftlab.storage.checkpoints import Checkpoints, less_is_better
 from ftlab.training.checkpoint import CheckpointConfig, Checkpointer, Identity
 from ftlab.training.evaluate import Evaluator
-from ftlab.training.loop import Run
 from ftlab.training.metrics import GIB
 from ftlab.training.opened import Opened
 from ftlab.training.rehearse import Rehearsal
+from ftlab.training.run import Run
 from ftlab.training.snapshot import restore_optimizer
 from ftlab.training.space import require_space
 

@@ -22,9 +22,10 @@ from ftlab.optim.groups import decay_groups
 from ftlab.training import rng
 from ftlab.training.evaluate import Evaluator
 from ftlab.training.guard import StepGuard
-from ftlab.training.loop import Run, TrainerConfig
 from ftlab.training.metrics import training_flops
+from ftlab.training.run import Run
 from ftlab.training.state import TrainState
+from ftlab.training.trainer_config import TrainerConfig
 
 
 def assemble_run(

@@ -94,6 +94,19 @@ def upgraded(config: dict[str, Any], run: Path, **search: Any) -> dict[str, Any]
     return config
 
 
+def todays_config(stored: Any, run: Path, where: Path, to_build: Sequence[str]) -> dict[str, Any]:
+    """The configuration that the run in ``run`` has ``stored``, in today's terms, for looking at what it trained.
+
+    Args:
+        where: it was found, for errors.
+        to_build: the groups that will be built.
+
+    Raises:
+        ConfigErrors: it is none that ftlab could have composed, or its groups cannot be built.
+    """
+    return stored_config(upgraded(stored_config(stored, where), run), where, to_build)
+
+
 def overlaid(
     config: dict[str, Any], overrides: Sequence[str], run: Path, may_change: tuple[str, ...]
 ) -> dict[str, Any]:

@@ -7,14 +7,14 @@ from typing import Any
 
 from ftlab.config.layers import leaves
 from ftlab.config.rules import rule_for
-from ftlab.config.targets import forbidden, misfits, unnamed
+from ftlab.config.targets import forbidden, in_todays_names, misfits, unnamed
 from ftlab.errors import ConfigError, ConfigErrors
 
 _SCALARS = ("run_name", "seed", "seq_len", "device")
 
 
 def stored_config(config: Any, where: object, to_build: Sequence[str] = ()) -> dict[str, Any]:
-    """``config``, once it is known to be one that ftlab could have composed.
+    """``config`` in today's names, once it is known to be one that ftlab could have composed.
 
     Nothing of it is resolved: what looks like an interpolation stays text. Nothing of it is called, and what could
     be is in the allowlist.
@@ -26,6 +26,7 @@ def stored_config(config: Any, where: object, to_build: Sequence[str] = ()) -> d
     Raises:
         ConfigErrors: with all that is wrong.
     """
+    config = in_todays_names(config)
     problems = [_placed(problem, where) for problem in _faults(config)]
     if not problems:
         problems = [_placed(problem, where) for problem in misfits({group: config[group] for group in to_build})]

@@ -25,6 +25,23 @@ _RULE = f"allowed are the classes of ftlab.{{{','.join(_ROOMS)}}} and the optimi
 CONTROL = frozenset({"_target_", "_partial_"})  # Hydra's _args_, _convert_, _recursive_ have no use here
 
 
+# Classes that earlier versions had elsewhere, by the names that stand in the configurations their runs have kept.
+MOVED = {
+    "ftlab.models.transformer.ModelConfig": "ftlab.models.config.ModelConfig",
+    "ftlab.training.loop.TrainerConfig": "ftlab.training.trainer_config.TrainerConfig",
+}
+
+
+def in_todays_names(tree: Any) -> Any:
+    """A copy of a configuration that a run has kept, in which every ``_target_`` has the name it goes by now."""
+    if isinstance(tree, Mapping):
+        return {
+            key: MOVED.get(value, value) if key == "_target_" and isinstance(value, str) else in_todays_names(value)
+            for key, value in tree.items()
+        }
+    return [in_todays_names(child) for child in tree] if isinstance(tree, list) else tree
+
+
 def nodes(tree: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Dotted key and node of every mapping with a ``_target_``, at any depth, in lists too."""
     if isinstance(tree, Mapping):
@@ -86,8 +103,8 @@ def locate(target: str, key: str) -> type:
         found = getattr(importlib.import_module(module), name)
     except AttributeError:
         names = dir(importlib.import_module(module))
-        nearest = difflib.get_close_matches(name, names, n=1)
-        fix = f"{module}.{nearest[0]}" if nearest else None
+        nearest = (f"{module}.{one}" for one in difflib.get_close_matches(name, names, n=1))
+        fix = MOVED.get(target) or next(nearest, None)
         raise ConfigError(key, f"{module} has no {name}", fix) from None
     except ImportError as error:
         raise ConfigError(key, f"{target} cannot be imported: {error}") from error

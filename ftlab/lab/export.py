@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ftlab.assembly.model import build_model, weights_of, with_vocabulary
 from ftlab.config.build import build
-from ftlab.config.resume import upgraded
-from ftlab.config.stored import stored_config
+from ftlab.config.resume import todays_config
 from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
@@ -47,8 +46,7 @@ def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
     found = candidates(at)[0]
     manifest = verify(found, None)
     opened = open_checkpoint(found.path)
-    config = upgraded(stored_config(opened.told["config"], found.path), at.run)
-    config = stored_config(config, found.path, to_build=("model", "tokenizer", "precision"))
+    config = todays_config(opened.told["config"], at.run, found.path, to_build=("model", "tokenizer", "precision"))
     tokenizer = build(config["tokenizer"])
     trained: Precision = build(config["precision"])
     plain = Precision(param_dtype=trained.param_dtype, compute_dtype=trained.param_dtype, loss_scaling=False)

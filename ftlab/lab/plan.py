@@ -20,8 +20,8 @@ from ftlab.forecast import Setting, available_bytes, forecast, n_workers, smalle
 from ftlab.models.config import ModelConfig
 from ftlab.models.layouts import described_sizes
 from ftlab.models.resize import fit_vocabulary
-from ftlab.training.loop import TrainerConfig
 from ftlab.training.metrics import GIB, training_flops
+from ftlab.training.trainer_config import TrainerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ftlab.assembly.data import beside_checkpoint, read_data
 from ftlab.config.build import build
-from ftlab.config.stored import stored_config
+from ftlab.config.resume import todays_config
 from ftlab.data.batch import Sample
 from ftlab.data.loader import BatchLoader
 from ftlab.data.tokenizers import Tokenizer
@@ -16,7 +16,7 @@ from ftlab.models.hub import resolve_checkpoint
 from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
 from ftlab.training.ledger import seen_at
-from ftlab.training.loop import TrainerConfig
+from ftlab.training.trainer_config import TrainerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def replay(run: Path, step: int) -> Replayed:
         ConfigError: ``run`` is no run's folder, or never did that step.
     """
     try:
-        config = stored_config(read_yaml(run / "config.yaml"), run, to_build=("tokenizer", "dataset", "trainer"))
+        config = todays_config(read_yaml(run / "config.yaml"), run, run, to_build=("tokenizer", "dataset", "trainer"))
         record = read_record(run)
         global_batch_size, done = record["global_batch_size"], record["progress"]["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:

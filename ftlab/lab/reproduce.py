@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ftlab.assembly.data import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.config.resolvers import claim_folder, fresh_folder
+from ftlab.config.resume import upgraded
 from ftlab.config.targets import misfits
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError, ConfigErrors, FtlabError
@@ -88,10 +88,10 @@ def _config(run: RunRecord) -> dict[str, Any]:
     if typed:
         problem = f"was changed on its way: {' '.join(typed)}; no one configuration makes it"
         raise ConfigError("RUN", f"{run.folder} {problem}")
-    config = copy.deepcopy(run.config)
-    if not config:
+    if not run.config:
         raise ConfigError("RUN", f"{run.folder} has no config.yaml that can be read")
-    config |= {name: node for name, node in compose_config().items() if name not in config}  # groups that are newer
+    config = upgraded(run.config, run.folder)
+    config |= {name: node for name, node in compose_config().items() if name not in config}  # where that cannot tell
     config["resume"] = None
     quiet = ("ConsoleLogger", "JsonlLogger")  # W&B's key is masked, and this is no run to look at there
     config["logger"] = {name: node for name, node in config["logger"].items() if node["_target_"].endswith(quiet)}

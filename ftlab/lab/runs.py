@@ -17,7 +17,9 @@ import yaml
 
 from ftlab.config.layers import leaves
 from ftlab.config.overrides import given_values
+from ftlab.config.targets import in_todays_names
 from ftlab.errors import ConfigError
+from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import is_held, read_record
 from ftlab.outputs.sweep import FILE as SWEEP
 from ftlab.outputs.sweep import Job, SweepFolder
@@ -51,8 +53,8 @@ class RunRecord:
 
     @cached_property
     def config(self) -> Row:
-        """``config.yaml``, resolved, secrets masked."""
-        found = _yaml(self.folder / "config.yaml")
+        """``config.yaml``, resolved, secrets masked, in today's names."""
+        found = in_todays_names(_yaml(self.folder / "config.yaml"))
         return found if isinstance(found, dict) else {}
 
     @cached_property
@@ -280,7 +282,9 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 def _yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a safe loader, both of them
+        text = path.read_text(encoding="utf-8")
+        # Where there is an anchor there may be aliases, a few lines of which stand for a billion values.
+        return read_yaml(path) if "&" in text else yaml.load(text, Loader=_Loader)  # a safe loader, both of them
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from ftlab.assembly.model import build_model, weights_in, weights_of, with_vocabulary
 from ftlab.config.build import build
-from ftlab.config.resume import upgraded
-from ftlab.config.stored import stored_config
+from ftlab.config.resume import todays_config
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.env import pick_device
 from ftlab.distributed.precision import Precision
@@ -22,6 +21,8 @@ from ftlab.outputs.folder import read_record
 from ftlab.storage.addresses import OUTPUTS, candidates, find_run
 from ftlab.storage.checkpoints import verify
 from ftlab.training.opened import open_checkpoint
+
+_BUILT = ("model", "tokenizer", "dataset", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def open_trained(address: str, device: str | None = None) -> Trained:
     found = candidates(find_run(address, "RUN"))[0]
     verify(found, None)
     opened = open_checkpoint(found.path)
-    config = _believed(opened.told["config"], found.path.parent.parent, found.path)
+    config = todays_config(opened.told["config"], found.path.parent.parent, found.path, to_build=_BUILT)
     tokenizer: Tokenizer = build(config["tokenizer"])
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(device or config["device"]))
@@ -88,7 +89,7 @@ def _exported(run: Path, device: str | None) -> Trained:
         config = read_yaml(run / "config.yaml")
     except (OSError, ValueError) as error:
         raise ConfigError("RUN", f"{run} is no run's folder: {error}", "outputs/latest") from None
-    config = _believed(config, run, run)
+    config = todays_config(config, run, run, to_build=_BUILT)
     precision: Precision = build(config["precision"])
     parallel = OneRank(pick_device(device or config["device"]))
     # Its own copy of the tokenizer; one that needs no file has no path.
@@ -105,12 +106,6 @@ def _exported(run: Path, device: str | None) -> Trained:
         step=_steps(run),
         source=export,
     )
-
-
-def _believed(config: Any, run: Path, where: Path) -> dict[str, Any]:
-    """What is stored, in today's terms, once it is known that it can be built."""
-    config = upgraded(stored_config(config, where), run)
-    return stored_config(config, where, to_build=("model", "tokenizer", "dataset", "precision"))
 
 
 def _steps(run: Path) -> int | None:

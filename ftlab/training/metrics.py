@@ -16,6 +16,8 @@ import torch
 
 GIB = 2**30
 
+Metrics = dict[str, float]
+
 
 class PhaseClock:
     """Splits wall-clock time into named phases; ``enter`` ends the phase before it, so the loop stays flat.

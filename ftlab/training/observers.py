@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from ftlab.distributed.base import Parallelism
 
 if TYPE_CHECKING:
-    from ftlab.training.loop import Run
+    from ftlab.training.run import Run
 
 
 class Observer(Protocol):

@@ -35,8 +35,10 @@ from ftlab.models.live_bytes import LiveBytes, Phase, cuda_peak, heap_peak, live
 from ftlab.models.transformer import Transformer
 from ftlab.optim.groups import decay_groups
 from ftlab.training.generate import _last_logits
-from ftlab.training.loop import Run, TrainerConfig, train_step
+from ftlab.training.loop import train_step
+from ftlab.training.run import Run
 from ftlab.training.state import TrainState
+from ftlab.training.trainer_config import TrainerConfig
 from ftlab.training.update import only
 
 # Beside tensors: code of kernels that is paged in, their packing buffers, threads' stacks. Measured: 10 to 40 MiB.

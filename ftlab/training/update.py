@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from ftlab.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ftlab.training.loop import Run
+    from ftlab.training.run import Run
 
 
 class Update(Protocol):

@@ -1,4 +1,4 @@
-"""A run folder of the version before still goes on and exports; one of a later version is refused in words."""
+"""A run folder of a version before is all that it was; one of a later version is refused in words."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import pytest
 from safetensors.torch import load_file
 
 from ftlab.cli import main as ftlab
-from ftlab.config.check import check_command_line
+from ftlab.config.check import check_command_line, compose_config
+from ftlab.config.layers import leaves
 from ftlab.errors import FtlabError
 from ftlab.jobs import launch
+from ftlab.lab import reproduce as reproducing
+from ftlab.lab.replay import replay
+from ftlab.lab.reproduce import reproduce
+from ftlab.lab.runs import RunRecord
+from ftlab.outputs.files import read_yaml
 from ftlab.storage.manifest import FORMAT, Manifest
 from tests.cli.conftest import FinishedRun
 
@@ -24,6 +30,10 @@ OLD = sorted(FIXTURES.glob("run_format_*"))
 def old(request: pytest.FixtureRequest, tmp_path: Path) -> FinishedRun:
     shutil.copytree(request.param, tmp_path / "run")
     return FinishedRun(tmp_path / "run", 0)
+
+
+def as_typed(run: Path) -> list[str]:
+    return [str(override) for override in read_yaml(run / ".hydra" / "overrides.yaml")]
 
 
 def test_it_goes_on_as_it_would_have(old: FinishedRun) -> None:
@@ -42,6 +52,40 @@ def test_it_exports(old: FinishedRun, tmp_path: Path) -> None:
     assert ftlab(["export", str(old.folder), str(tmp_path / "out")]) == 0
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert sum(tensor.numel() for tensor in exported.values()) == old.json("run.json")["n_params"]
+
+
+def test_it_is_forked(old: FinishedRun, tmp_path: Path) -> None:
+    config = compose_config(
+        [f"init_from={old.folder}", *as_typed(old.folder), "parallelism.nproc_per_node=1"],
+        output_dir=tmp_path / "fork",
+    )
+    fork = FinishedRun(tmp_path / "fork", launch(config, own_process=False))
+    eight = json.loads((old.folder / "losses_of_eight_steps.json").read_text())
+    assert fork.exit_code == 0
+    assert fork.losses[0] < eight[0] - 0.2, "weights that have trained"
+
+
+def test_it_is_reproduced(old: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproducing, "launch", lambda config, own_process: launch(config, own_process=False))
+    stored = old.folder / "config.yaml"
+    # The same rows a step on one rank, which needs no launcher.
+    for two, one in (("nproc_per_node: 2", "nproc_per_node: 1"), ("accumulation_steps: 2", "accumulation_steps: 4")):
+        stored.write_text(stored.read_text().replace(two, one))
+    found = reproduce(RunRecord(old.folder))
+    assert found.verdict == "within tolerance", "on another number of ranks"
+    assert found.largest is not None
+    assert found.largest < 1e-5
+
+
+def test_a_step_of_it_is_replayed(old: FinishedRun) -> None:
+    assert replay(old.folder, 3).as_noted
+
+
+def test_what_has_moved_since_is_no_difference(old: FinishedRun) -> None:
+    today = dict(leaves(compose_config(as_typed(old.folder))))
+    then = RunRecord(old.folder).settings
+    assert {key: value for key, value in then.items() if key.endswith("_target_") and today[key] != value} == {}
 
 
 def test_a_later_checkpoint_is_refused(old: FinishedRun) -> None:

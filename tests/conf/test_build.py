@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ftlab.config.build import build
+from ftlab.config.targets import MOVED, in_todays_names, locate
 from ftlab.errors import ConfigError
 
 
@@ -90,6 +91,18 @@ def test_only_classes_that_ftlab_itself_defines_are_built(target: str) -> None:
     for node in ({"_target_": target}, PROBE | {"value": [{"_target_": target}]}):
         with pytest.raises(ConfigError, match=r"not in the allowlist|cannot be imported"):
             build(node)
+
+
+@pytest.mark.parametrize(("before", "now"), MOVED.items())
+def test_a_name_that_moved_leads_to_the_class_of_today(before: str, now: str) -> None:
+    assert locate(now, "key").__name__ == before.rpartition(".")[2]
+    kept = {"key": {"_target_": before, "more": [{"_target_": before}], "text": before}}
+    assert in_todays_names(kept) == {"key": {"_target_": now, "more": [{"_target_": now}], "text": before}}
+
+
+def test_who_still_writes_a_name_that_moved_is_told_where_to() -> None:
+    with pytest.raises(ConfigError, match=r"has no TrainerConfig\n  try: ftlab\.training\.\w+\.TrainerConfig$"):
+        build({"_target_": "ftlab.training.loop.TrainerConfig"})
 
 
 def test_a_node_without_a_target_is_our_own_mistake() -> None:

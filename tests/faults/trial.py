@@ -37,6 +37,7 @@ from ftlab.distributed.env import WorkerEnv
 from ftlab.losses import Loss
 from ftlab.storage import disk
 from ftlab.training import loop
+from ftlab.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Rank:
     def _watch(self) -> None:
         fit, train_step, evaluate = ftlab.run.fit, loop.train_step, loop.evaluate_if_due
 
-        def watched_fit(run: loop.Run) -> Any:
+        def watched_fit(run: Run) -> Any:
             self.step = run.state.progress.step
             if self.plan.noise:
                 run.loss = _Noisy(run.loss, 1 + self.worker.rank)
@@ -171,7 +172,7 @@ class Rank:
                     with suppress(KeyboardInterrupt):  # another rank has failed, and this one is told to go
                         self.outcome.ended = digests(run, whole=self.plan.whole)
 
-        def watched_step(run: loop.Run, micro_batches: list[Any]) -> Any:
+        def watched_step(run: Run, micro_batches: list[Any]) -> Any:
             metrics = train_step(run, micro_batches)
             self.step = run.state.progress.step + 1
             ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
@@ -179,7 +180,7 @@ class Rank:
             self.note("step")
             return metrics
 
-        def watched_evaluation(run: loop.Run) -> Any:
+        def watched_evaluation(run: Run) -> Any:
             self.note("eval")
             return evaluate(run)
 
@@ -216,7 +217,7 @@ class _Noisy:
         return self.loss(hidden, head_weight, targets) * (1 + 0.01 * noise)
 
 
-def digests(run: loop.Run, *, whole: bool) -> dict[str, str]:
+def digests(run: Run, *, whole: bool) -> dict[str, str]:
     """sha256 of each part of the state, taken from the live objects and not by the code under test.
 
     Args:

@@ -22,6 +22,7 @@ import ftlab.run
 from ftlab.loggers import wandb as wandb_logger
 from ftlab.losses import Loss
 from ftlab.training import loop
+from ftlab.training.run import Run
 from tests.faults.trial import Rank, digests
 
 
@@ -45,7 +46,7 @@ class Spoil:
         fit = ftlab.run.fit
         notes = (rank.plan.notes / f"updates-{rank.worker.rank}").open("a", buffering=1)
 
-        def spoiled_fit(run: loop.Run) -> Any:
+        def spoiled_fit(run: Run) -> Any:
             progress = run.state.progress
             mine = self.ranks is None or run.parallel.rank in self.ranks
 
@@ -67,7 +68,7 @@ class Spoil:
             run.state.guard.update = watched_update  # type: ignore[method-assign]
             train_step = loop.train_step
 
-            def step(run: loop.Run, micro_batches: list[Any]) -> Any:
+            def step(run: Run, micro_batches: list[Any]) -> Any:
                 if self.kind == "parameter" and now():
                     self._spoil_a_parameter(run.state.model)
                 metrics = train_step(run, micro_batches)
@@ -99,7 +100,7 @@ class Spoil:
         next(iter(model.get_submodule("blocks").children())).register_forward_hook(hook)
 
     @staticmethod
-    def _digest(run: loop.Run) -> list[str]:
+    def _digest(run: Run) -> list[str]:
         found = digests(run, whole=False)
         return [found["weights"], found["optimizer"]]
 
@@ -193,7 +194,7 @@ class WithWandb:
             log(*arguments)
             seconds += time.perf_counter() - began
 
-        def timed_fit(run: loop.Run) -> Any:
+        def timed_fit(run: Run) -> Any:
             try:
                 return fit(run)
             finally:

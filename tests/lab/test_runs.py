@@ -41,6 +41,14 @@ def test_torn_files_are_empty_and_no_error(tmp_path, content):
     assert run.name == "run"
 
 
+def test_a_configuration_of_aliases_is_not_unfolded(tmp_path):
+    folder = make_run(tmp_path / "run")
+    bomb = [f"a{i}: &a{i} {{x: *a{i - 1}, y: *a{i - 1}}}" for i in range(1, 60)]
+    for text in ("\n".join(["a0: &a0 {x: 1}", *bomb]), "a: &a [*a]"):
+        (folder / "config.yaml").write_text(text)
+        assert RunRecord(folder).settings == {}
+
+
 def test_a_running_run_whose_process_is_gone_is_lost(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

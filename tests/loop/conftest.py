@@ -24,8 +24,9 @@ from ftlab.models.config import ModelConfig
 from ftlab.optim.groups import decay_groups
 from ftlab.optim.schedules import Constant
 from ftlab.training.guard import StepGuard
-from ftlab.training.loop import Run, TrainerConfig
+from ftlab.training.run import Run
 from ftlab.training.state import TrainState
+from ftlab.training.trainer_config import TrainerConfig
 
 MODEL = ModelConfig(
     dim=32,

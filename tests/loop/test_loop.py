@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ftlab.errors import ConfigError, NonFiniteError
 from ftlab.training.guard import StepGuard
-from ftlab.training.loop import TrainerConfig, fit
+from ftlab.training.loop import fit
+from ftlab.training.trainer_config import TrainerConfig
 from tests.loop.conftest import Rows
 
 LENGTHS = {

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ftlab.data.batch import Batch, collate
 from ftlab.data.loader import ahead
 from ftlab.losses import CrossEntropy
-from ftlab.training.loop import Run, fit
+from ftlab.training.loop import fit
 from ftlab.training.metrics import PhaseClock
+from ftlab.training.run import Run
 from tests.loop.conftest import Rows
 
 ASKS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
