@@ -21,7 +21,7 @@ FLOORS = [
     {"run"},
     {"jobs"},
     {"lab"},
-    {"hydra_plugins"},
+    {"hydra_plugins", "verbs"},
     {"cli", "train.py"},
     {"__main__"},
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from ftlab.assembly.data import beside_checkpoint, read_data
 from ftlab.config.build import build
 from ftlab.config.resume import todays_config
@@ -12,6 +14,7 @@ from ftlab.data.batch import Sample
 from ftlab.data.loader import BatchLoader
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError
+from ftlab.lab.terminal import print_sample
 from ftlab.models.hub import resolve_checkpoint
 from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
@@ -87,3 +90,18 @@ def _place(steps_before: int, loader: BatchLoader, trainer: TrainerConfig) -> tu
         steps = trainer.epoch_steps(loader.steps_per_epoch)
         assert steps is not None  # now it was
     return divmod(steps_before, steps)
+
+
+def print_replayed(batch: Replayed, n_shown: int) -> None:
+    """For people, the first ``n_shown`` samples whole."""
+    console = Console(highlight=False)
+    n_tokens = sum(len(sample.tokens) for sample in batch.samples)
+    console.print(f"step {batch.step}, epoch {batch.epoch}: {len(batch.samples)} samples, {n_tokens} tokens")
+    for rank, ids in sorted(batch.noted.items()):
+        console.print(f"  rank {rank} saw {', '.join(map(str, ids)) or 'none'}", soft_wrap=True)
+    for sample in batch.samples[:n_shown]:
+        print_sample(console, sample, batch.tokenizer)
+    if not batch.same_data:
+        console.print("\n[bold red]the data is no longer what the run was trained on: its fingerprint differs")
+    verdict = "exactly the samples that the run noted" if batch.as_noted else "[bold red]NOT what the run noted"
+    console.print(f"\n{verdict}")

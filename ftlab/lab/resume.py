@@ -10,13 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from ftlab.config.check import compose_config
 from ftlab.config.resolvers import claim_folder, fresh_folder
 from ftlab.config.resume import resumed_config
 from ftlab.errors import FtlabError
 from ftlab.jobs import launch
 from ftlab.loggers.base import RunInfo
-from ftlab.outputs.files import to_json
+from ftlab.outputs.files import shortest, to_json
 from ftlab.storage.addresses import told
 from ftlab.storage.checkpoints import Checkpoints, Found
 from ftlab.storage.disk import replace_file
@@ -151,3 +154,15 @@ def compare_lines(name: str, one: Path, other: Path) -> Compared:
 def _read(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(_OF_TIME)} for line in lines]
+
+
+def print_compared(compared: Sequence[Compared], folder: Path, n_steps: int) -> None:
+    """For people; ``folder`` holds both runs."""
+    table = Table(title=f"{n_steps} steps straight, against a SIGKILL in between and a resume")
+    for column in ("", "same", ""):
+        table.add_column(column)
+    for one in compared:
+        table.add_row(one.what, "yes" if one.same else "[bold red]NO", one.detail)
+    console = Console(width=max(Console().width, 120))
+    console.print(table)
+    console.print(f"both runs and verify_resume.json: {shortest(folder)}", soft_wrap=True)

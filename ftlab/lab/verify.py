@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -220,3 +222,15 @@ def _deviation(name: str, ours: _Measured, reference: _Measured) -> Deviation:
 
 def _largest(ours: Sequence[float], reference: Sequence[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, reference, strict=True))
+
+
+def print_deviations(deviations: Sequence[Deviation], tolerance: float, n_steps: int) -> None:
+    """For people."""
+    table = Table(title=f"largest relative deviation from a single process over {n_steps} steps")
+    for column in ("parallelism", "loss", "norm", "gradient", "of parameter", f"within {tolerance:g}"):
+        table.add_column(column, no_wrap=True)
+    for one in deviations:
+        numbers = (f"{value:.1e}" for value in (one.loss, one.grad_norm, one.gradient))
+        verdict = "yes" if one.within(tolerance) else "[bold red]NO"
+        table.add_row(one.name, *numbers, one.parameter.removesuffix(".weight"), verdict)
+    Console(width=max(Console().width, 120)).print(table)

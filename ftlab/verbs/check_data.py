@@ -1,0 +1,19 @@
+"""``ftlab check-data``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+HELP = "what is wrong with the data, and what of it is trained"
+
+
+def declare(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("outputs/check-data"), metavar="FOLDER")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+
+
+def run(arguments: Namespace) -> int:
+    from ftlab.lab.check_data import check_data
+
+    return check_data(arguments.overrides, arguments.out)

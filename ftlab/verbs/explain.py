@@ -1,0 +1,18 @@
+"""``ftlab explain``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+HELP = "where a configuration value comes from"
+
+
+def declare(parser: ArgumentParser) -> None:
+    parser.add_argument("key", help="dotted key, e.g. optimizer.lr")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+
+
+def run(arguments: Namespace) -> None:
+    from ftlab.config.explain import explain
+
+    print(explain(arguments.key, arguments.overrides))

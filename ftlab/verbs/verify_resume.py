@@ -1,0 +1,20 @@
+"""``ftlab verify-resume``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+HELP = "whether a killed and resumed run ends as one that was not"
+
+
+def declare(parser: ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="optimizer steps to train (default 10)")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+
+
+def run(arguments: Namespace) -> int:
+    from ftlab.lab.resume import print_compared, verify_resume
+
+    compared, folder = verify_resume(arguments.overrides, arguments.steps)
+    print_compared(compared, folder, arguments.steps)
+    return 0 if all(one.same for one in compared) else 1
