@@ -13,20 +13,22 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def thin(steps: Array, values: Array, n_points: int) -> tuple[Array, Array, Array]:
-    """At most ``n_points`` of a curve, among them the least and the greatest value of every stretch of it.
+    """At most ``n_points`` of a curve: its ends, and the least and the greatest value of every stretch of it.
 
     What is drawn of a dense curve is a band from its lowest to its highest value in every column of pixels: that band
     stays, spikes included. An average over the points would be biased, so each comes with the mean of its stretch.
 
     Args:
         steps, values: (n,) float64; NaN marks a value that was not finite.
+        n_points: at least 4.
 
     Returns:
-        Steps, values, and means to smooth, (m,) each, m ≤ max(n_points, 2).
+        Steps, values, and means to smooth, (m,) each, m ≤ n_points.
     """
+    assert n_points >= 4
     if len(steps) <= n_points:
         return steps, values, values
-    n_stretches = max(1, n_points // 2)
+    n_stretches = (n_points - 2) // 2  # two points are for the ends
     bounds = np.linspace(0, len(steps), n_stretches + 1).astype(int)[:-1]
     filled = np.isfinite(values)
     low, high = np.where(filled, values, np.inf), np.where(filled, values, -np.inf)
@@ -34,9 +36,10 @@ def thin(steps: Array, values: Array, n_points: int) -> tuple[Array, Array, Arra
     ends = np.append(bounds[1:], len(steps))
     for start, end in zip(bounds, ends, strict=True):
         pair = {start + int(low[start:end].argmin()), start + int(high[start:end].argmax())}
-        pair.add(end - 1) if len(pair) == 1 else None  # a level stretch: its ends
-        picked.append(sorted(pair)[:2])
-    indices = np.array([index for pair in picked for index in pair])
+        picked.append(pair if len(pair) == 2 else pair | {end - 1})  # of a level stretch the end
+    picked[0].add(0)
+    picked[-1].add(len(steps) - 1)
+    indices = np.array([index for pair in picked for index in sorted(pair)])
     counts = np.add.reduceat(filled, bounds)
     sums = np.add.reduceat(np.where(filled, values, 0.0), bounds)
     with np.errstate(invalid="ignore"):

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from ftlab.errors import ConfigError
 from ftlab.lab.curves import pack
-from ftlab.lab.runs import RunRecord, find_runs, jobs_without_runs
+from ftlab.lab.runs import RunRecord, find_jobs
 from ftlab.lab.statistics import Interval
 from ftlab.lab.summary import Summary, summarise
 from ftlab.outputs.environment import now
@@ -42,7 +42,7 @@ def write_report(
     metric: str | None = None,
     refresh_s: float | None = None,
 ) -> Path:
-    """Write ``report.html`` and ``summary.csv`` on every run in ``folders`` into the folder ``out``.
+    """Write ``report.html`` and ``summary.csv`` into ``out``: every run in ``folders``, and every job that left none.
 
     Args:
         folders: runs' own, or any above them, such as a sweep's.
@@ -57,7 +57,7 @@ def write_report(
         ConfigError: there is no run, none has ``metric``, or plotly is not installed.
     """
     plotly = _plotly()
-    return _write(_everything(folders), folders, out, plotly, title, metric, refresh_s)
+    return _write(find_jobs(folders), folders, out, plotly, title, metric, refresh_s)
 
 
 def watch(
@@ -79,7 +79,7 @@ def watch(
     known: dict[Path, tuple[object, RunRecord]] = {}
     while True:
         runs = []
-        for run in _everything(folders):
+        for run in find_jobs(folders):
             state = _state(run)
             if run.folder not in known or known[run.folder][0] != state:
                 known[run.folder] = (state, run)
@@ -90,12 +90,6 @@ def watch(
         if not going_on:
             return
         time.sleep(every_s)
-
-
-def _everything(folders: Sequence[Path]) -> list[RunRecord]:
-    """All runs, and after them the jobs of their sweeps that have left none."""
-    runs = find_runs(folders)
-    return [*runs, *jobs_without_runs(runs, folders)]
 
 
 def _state(run: RunRecord) -> object:

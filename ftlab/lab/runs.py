@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -181,31 +182,47 @@ def find_runs(paths: Iterable[Path]) -> list[RunRecord]:
     Raises:
         ConfigError: a path does not exist, or there is no run in it.
     """
-    found: dict[Path, RunRecord] = {}
+    paths = list(paths)
+    found = find_jobs(paths)
+    runs = [one for one in found if one.job is None]
+    if found and not runs:
+        counts = ", ".join(f"{n} {status}" for status, n in Counter(job.status for job in found).items())
+        folders = " ".join(map(str, paths))
+        raise ConfigError("FOLDER", f"no job has begun a run in {folders}: {counts}", f"ftlab report {folders}")
+    return runs
+
+
+def find_jobs(paths: Iterable[Path]) -> list[RunRecord]:
+    """As `find_runs`, and then the jobs of sweeps in ``paths`` that have left no run: pending ones, lost ones.
+
+    Raises:
+        ConfigError: a path does not exist, or there is neither in it.
+    """
+    runs: dict[Path, RunRecord] = {}
+    others: dict[Path, RunRecord] = {}
     for path in paths:
         here = path.expanduser()
         if not here.is_dir():
             raise ConfigError("FOLDER", f"there is no folder {path}", "outputs")
-        before = len(found)
-        runs = list(_below(here.resolve()))
-        found |= {folder: RunRecord(folder) for folder in runs}
-        if not runs and before == len(found):
+        folders = list(_below(here.resolve()))
+        found = {folder: RunRecord(folder) for folder in folders if is_run(folder)}
+        absent = {job.folder: job for folder in folders for job in _jobs_without_runs(folder)}
+        if not found and not absent:
             raise ConfigError("FOLDER", f"there is no run in {path}", "outputs, multirun_outputs or a run's folder")
+        runs, others = runs | found, others | absent
     # "~": what does not say when it began comes last
-    return sorted(found.values(), key=lambda run: (str(run.record.get("started", "~")), natural(str(run.folder))))
+    in_order = sorted(runs.values(), key=lambda run: (str(run.record.get("started", "~")), natural(str(run.folder))))
+    return in_order + list(others.values())
 
 
-def jobs_without_runs(runs: Sequence[RunRecord], paths: Iterable[Path]) -> list[RunRecord]:
-    """The jobs that have left no run: pending ones, lost ones, of the sweeps in ``paths`` that ``runs`` belong to."""
-    found, above = {run.folder for run in runs}, [path.expanduser().resolve() for path in paths]
-    jobs = []
-    for folder in dict.fromkeys(run.folder.parent for run in runs):
-        if (folder / SWEEP).is_file() and any(folder.is_relative_to(path) for path in above):
-            with suppress(ConfigError):  # its sweep.json cannot be read
-                sweep = SweepFolder.noted(folder)
-                absent = [job for job in sweep.jobs if folder / job.folder not in found]
-                jobs += [RunRecord(folder / job.folder, _as_record(job, sweep)) for job in absent]
-    return jobs
+def _jobs_without_runs(folder: Path) -> Iterator[RunRecord]:
+    """Of the sweep in ``folder``, if it is one's."""
+    if (folder / SWEEP).is_file():
+        with suppress(ConfigError):  # its sweep.json cannot be read
+            sweep = SweepFolder.noted(folder)
+            for job in sweep.jobs:
+                if not is_run(folder / job.folder):
+                    yield RunRecord(folder / job.folder, _as_record(job, sweep))
 
 
 def _as_record(job: Job, sweep: SweepFolder) -> Row:
@@ -221,8 +238,9 @@ def _as_record(job: Job, sweep: SweepFolder) -> Row:
 
 
 def _below(folder: Path) -> Iterator[Path]:
+    """``folder`` and the folders in it, down to those of runs."""
+    yield folder
     if is_run(folder):
-        yield folder
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if not entry.is_dir(follow_symlinks=False) or entry.name.startswith("."):  # not outputs/latest

@@ -21,12 +21,17 @@ from tests.conftest import ROOT
 FIVE = "trainer.max_steps=5"
 
 
+LIBRARY = {"schedule_free": "schedulefree", "fp8": "torchao"}  # of options that need one of an extra
+
+
 def options(group: str) -> list[str]:
     return sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("option", options("optimizer"))
 def test_every_optimizer_lowers_the_loss_on_the_toy_task(option, tiny_run):
+    if option in LIBRARY:
+        pytest.importorskip(LIBRARY[option])
     schedule = ["scheduler=constant"] if option == "schedule_free" else []
     losses = tiny_run(f"optimizer={option}", "trainer.max_steps=20", "evaluation.at_start=false", *schedule).losses
     assert losses[-1] < 0.9 * losses[0], f"optimizer={option}: {losses[0]:.3f} -> {losses[-1]:.3f}"
@@ -41,6 +46,8 @@ def test_every_scheduler_warms_up_and_sets_the_learning_rate_that_is_logged(opti
 
 @pytest.mark.parametrize("option", options("precision"))
 def test_every_precision_trains(option, tiny_run):
+    if option in LIBRARY:
+        pytest.importorskip(LIBRARY[option])
     here = ["precision.emulated=true"] if option == "fp8" else []  # else a GPU of its own kind
     run = tiny_run(f"precision={option}", "trainer.max_steps=20", *here)
     assert run.exit_code == 0

@@ -97,6 +97,19 @@ def test_jobs_that_left_no_run_are_listed_with_what_their_sweep_knows(tmp_path):
     assert len(payload_of(tmp_path / "one" / "report.html")["runs"]) == 1
 
 
+def test_a_sweep_of_which_no_job_has_begun_is_reported_as_pending(tmp_path, capsys):
+    sweep = SweepFolder(tmp_path / "grid", {"metric": "val/loss"})
+    for lr in ("0.001", "0.01"):
+        sweep.add([f"optimizer.lr={lr}"], f"{len(sweep.jobs)}_lr={lr}")
+    sweep.path.mkdir()
+    sweep.refresh()
+    assert main(["report", str(sweep.path)]) == 0
+    runs = payload_of(sweep.path / "report.html")["runs"]
+    assert [(run["label"], run["status"]) for run in runs] == [("#0", "pending"), ("#1", "pending")]
+    assert main(["ls", str(sweep.path)]) == 2
+    assert f"no job has begun a run in {sweep.path}: 2 pending" in capsys.readouterr().err
+
+
 def test_answers_of_a_small_evaluation_stand_beside_those_of_training(tmp_path):
     run = a_run(tmp_path / "run", 1e-3, 0)
     answers = [
