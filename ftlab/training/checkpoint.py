@@ -1,8 +1,6 @@
-"""Checkpoints of a run in training: when one is due, and writing it with all ranks (`opened.py` reads it back).
+"""Checkpoints of a run in training: when one is due, which are kept, and what goes into them.
 
-All ranks write at once, each its own rows into a file of its own. The first commits: the manifest last, then one
-rename. Ranks agree on how it went over a channel that the loop does not use, so that all of it can happen in a
-thread while training goes on.
+`checkpoint_writer.py` writes them, in a thread if need be; `opened.py` reads them back.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,13 +18,11 @@ import torch
 from torch import Tensor
 
 from ftlab.distributed.base import Parallelism
-from ftlab.errors import CheckpointError, ConfigError, FtlabError, NonFiniteError
-from ftlab.models.row_files import Rows, take_rows, write_rows
+from ftlab.errors import CheckpointError, ConfigError, NonFiniteError
+from ftlab.models.row_files import take_rows
 from ftlab.storage.checkpoints import Checkpoints
-from ftlab.storage.disk import DurableFile, write_file
-from ftlab.storage.manifest import FileEntry, Manifest
 from ftlab.training import rng, snapshot
-from ftlab.training.opened import STATE
+from ftlab.training.checkpoint_writer import Captured, CheckpointWriter, SaveError
 from ftlab.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -78,10 +73,6 @@ class Identity:
     global_batch_size: int
 
 
-class SaveError(FtlabError):
-    """A checkpoint could not be written; the ones before it are as they were."""
-
-
 class Checkpointer:
     """Writes the checkpoints of one run; every rank has one and calls the same methods after the same steps.
 
@@ -105,7 +96,15 @@ class Checkpointer:
     ):
         self.config = config
         self._checkpoints, self._state, self._parallel = checkpoints, state, parallel
-        self._identity, self._metric, self._parent, self._place = identity, metric, parent, place
+        self._identity, self._metric, self._place = identity, metric, place
+        self._writer = CheckpointWriter(
+            checkpoints,
+            parallel,
+            run=identity.run,
+            config_hash=identity.config_hash,
+            parent=parent,
+            then=self._remove_old,
+        )
         self._saved_step = state.progress.step if parent else -1
         self._saved_at = time.monotonic()
         self._staging: dict[str, Tensor] = {}
@@ -168,15 +167,7 @@ class Checkpointer:
         if step != self._saved_step or self._error is not None:
             self._refuse_non_finite(step)
             background = self.config.async_ and not last
-            into = self._staging if background else None
-            rows = take_rows(snapshot.tensors(self._state), into)
-            if background and self._parallel.device.type == "cuda":
-                torch.cuda.synchronize(self._parallel.device)
-            states = rng.capture(self._parallel.device)
-            # Text by now: what it is made of goes on changing.
-            facts = json.dumps(self._facts()), json.dumps(states)
-            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            arguments = (step, rows, facts, finite, self._bring_records())
+            arguments = (self._capture(metrics, into=self._staging if background else None), self._bring_records())
             self._saved_step, self._saved_at = step, time.monotonic()
             if background:
                 self._writing = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
@@ -193,8 +184,7 @@ class Checkpointer:
         step = self._state.progress.step
         if self._parallel.rank == 0 and metrics and step and step == self._saved_step:
             try:
-                finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-                self._parent = self._checkpoints.amend(step, finite) or self._parent
+                self._writer.parent = self._checkpoints.amend(step, _finite(metrics)) or self._writer.parent
             except (OSError, CheckpointError) as error:
                 log.warning("the checkpoint of step %d goes without its validation metrics: %s", step, error)
 
@@ -224,6 +214,24 @@ class Checkpointer:
                 f"step {step}: {bad[0]}{more} hold a NaN or an infinity (rank {ranks}): no checkpoint is made of that"
             )
 
+    def _capture(self, metrics: Mapping[str, float], into: dict[str, Tensor] | None) -> Captured:
+        """The state as it is now.
+
+        Args:
+            into: what holds the copies of tensors, which go on changing; null: nothing changes before all is written.
+        """
+        rows = take_rows(snapshot.tensors(self._state), into)
+        if into is not None and self._parallel.device.type == "cuda":
+            torch.cuda.synchronize(self._parallel.device)
+        states = rng.capture(self._parallel.device)
+        return Captured(
+            step=self._state.progress.step,
+            rows=rows,
+            facts=json.dumps(self._facts()),
+            random_states=json.dumps(states),
+            metrics=_finite(metrics),
+        )
+
     def _facts(self) -> dict[str, Any]:
         state, identity = self._state, self._identity
         progress = state.progress
@@ -251,88 +259,8 @@ class Checkpointer:
             return error
         return None
 
-    def _write(
-        self,
-        step: int,
-        rows: dict[str, Rows],
-        facts: tuple[str, str],
-        metrics: dict[str, float],
-        hindrance: OSError | None,
-    ) -> None:
-        """All of the writing, on every rank; exchanges go over the channel aside.
-
-        Args:
-            hindrance: why this rank cannot even begin.
-        """
-        self._error = None
-        try:
-            self._together(lambda: self._begin(step, hindrance))
-            files = self._together(lambda: self._write_own(step, rows, *facts))
-            merged = {name: FileEntry(*entry) for own in files for name, entry in own.items()}
-            self._together(lambda: self._commit(step, merged, metrics))
-        except SaveError as error:
-            if self._parallel.rank == 0:
-                self._checkpoints.abandon(step)
-                log.error("%s", error)
-            self._error = error
-        except RuntimeError as error:  # the exchange broke: another rank is gone, and the run with it
-            self._error = SaveError(f"no checkpoint was written: {error}")
-
-    def _together(self, work: Any) -> list[Any]:
-        """What ``work()`` gave on every rank.
-
-        Raises:
-            SaveError: on all ranks, when it failed on one.
-        """
-        try:
-            mine = (True, work())
-        except OSError as error:
-            path = f": {error.filename}" if error.filename else ""
-            mine = (False, f"{error.strerror or error}{path} (rank {self._parallel.rank} on {socket.gethostname()})")
-        except Exception as error:  # a bug of ours on one rank must not leave the others waiting
-            mine = (False, f"rank {self._parallel.rank}: {error!r}")
-        everyone = self._parallel.gather_aside(mine)
-        for fine, value in everyone:
-            if not fine:
-                kept = [found.path.name for found in self._checkpoints.complete()]
-                before = f"the newest is {kept[-1]}" if kept else "there is none before it"
-                raise SaveError(f"no checkpoint was written: {value}; {before}")
-        return [value for _, value in everyone]
-
-    def _begin(self, step: int, hindrance: OSError | None) -> None:
-        if hindrance is not None:
-            raise hindrance
-        if self._parallel.rank == 0:
-            self._checkpoints.begin(step)
-
-    def _write_own(self, step: int, rows: dict[str, Rows], facts: str, states: str) -> dict[str, tuple[int, str]]:
-        """This rank's files; name -> bytes and sha256."""
-        rank, n_ranks = self._parallel.rank, self._parallel.dp_size
-        folder = self._checkpoints.aside(step)
-        name = f"rows-{rank:05d}-of-{n_ranks:05d}.safetensors"
-        with DurableFile(folder / name) as file:
-            write_rows(file, rows)
-        written = {name: (file.n_bytes, file.sha256())}
-        texts = {f"rng-{rank:05d}.json": states} | ({STATE: facts} if rank == 0 else {})
-        for name, text in texts.items():
-            data = text.encode()
-            written[name] = (len(data), write_file(folder / name, data))
-        return written
-
-    def _commit(self, step: int, files: dict[str, FileEntry], metrics: dict[str, float]) -> None:
-        manifest = Manifest(
-            step=step,
-            run=self._identity.run,
-            parent=self._parent,
-            config_hash=self._identity.config_hash,
-            metrics=metrics,
-            files=files,
-        )
-        if self._parallel.rank == 0:
-            path = self._checkpoints.commit(step, manifest)
-            self._parent = manifest.digest
-            log.info("checkpoint: %s", path.name)
-            self._remove_old()
+    def _write(self, captured: Captured, hindrance: OSError | None) -> None:
+        self._error = self._writer.write(captured, hindrance)
 
     def _remove_old(self) -> None:
         name, less_is_better = self._metric
@@ -345,3 +273,8 @@ class Checkpointer:
             )
         except OSError as error:  # what was written is written
             log.warning("old checkpoints could not be removed: %s", error)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """JSON has no other numbers."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

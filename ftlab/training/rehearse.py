@@ -1,14 +1,14 @@
 """A run's first steps on tensors that have shapes and no data: what they take of memory, before any of it is taken.
 
 It is the run's own code that is rehearsed, `train_step` and the strategy's sharding included, so whatever is
-changed there is in the figures by itself. Billions of parameters take seconds.
+changed there is in the figures by itself; only what needs numbers has a stand-in. Billions of parameters take seconds.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftlab.data.batch import Batch
 from ftlab.data.weights import ONE
@@ -27,7 +26,6 @@ from ftlab.distributed.ddp import Replicas
 from ftlab.distributed.env import WorkerEnv
 from ftlab.distributed.fsdp import Shards
 from ftlab.distributed.precision import Precision
-from ftlab.distributed.single import OneRank
 from ftlab.losses import Loss
 from ftlab.models.config import ModelConfig
 from ftlab.models.layers import KVCache
@@ -37,9 +35,9 @@ from ftlab.optim.groups import decay_groups
 from ftlab.training.generate import _last_logits
 from ftlab.training.loop import train_step
 from ftlab.training.run import Run
+from ftlab.training.stand_ins import AnyNumber, BlindGuard, BlindInBackward, Buckets, local_rows, without_data
 from ftlab.training.state import TrainState
 from ftlab.training.trainer_config import TrainerConfig
-from ftlab.training.update import only
 
 # Beside tensors: code of kernels that is paged in, their packing buffers, threads' stacks. Measured: 10 to 40 MiB.
 PROCESS_BYTES = 32 * 2**20
@@ -112,17 +110,17 @@ def rehearse(
     with _group_of_its_own(), ExitStack() as stack:
         parallel = strategy.start(worker, precision)
         if isinstance(parallel, Replicas):
-            parallel = _Buckets(parallel)
+            parallel = Buckets(parallel)
         # No fallback: an operation that torch cannot do without data would quietly be done on real zeros.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False))
-        stack.enter_context(_AnyNumber())
-        _without_data(model)
+        stack.enter_context(AnyNumber())
+        without_data(model)
         parallel.place(model)
         stack.enter_context(live)
         live.enter("load")
         live.hold([*model.parameters(), *model.buffers()])
         if model_config.checkpoint is not None:
-            torch.empty_like(max((_local(p) for p in model.parameters()), key=Tensor.numel))  # one tensor's bytes
+            torch.empty_like(max((local_rows(p) for p in model.parameters()), key=Tensor.numel))  # one tensor's bytes
         run = _run(model, precision, parallel, optimizer, loss, max_grad_norm, optimizer_in_backward)
         run.clock.on_enter = live.enter
         gradients = _GradientBytes(model, kept=not optimizer_in_backward)
@@ -155,30 +153,6 @@ def rehearse(
     )
 
 
-class _AnyNumber(TorchDispatchMode):
-    """Whatever the host reads of a tensor without data is 1: Adafactor reads norms, and allocates the same for any."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reads = func is torch.ops.aten._local_scalar_dense.default
-        if reads and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            return 1.0 if args[0].is_floating_point() else 1
-        return func(*args, **kwargs or {})
-
-
-def _without_data(model: Transformer) -> None:
-    """Bring a model from meta to CPU tensors without data, and let ``place`` find nothing left to allocate."""
-    made: dict[Tensor, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=_CPU))
-            setattr(module, name, made[parameter])
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=_CPU))
-    to_empty: Any = lambda **_: model  # noqa: E731 -- a method of this one model
-    model.to_empty = to_empty  # type: ignore[method-assign]
-
-
 def _by_part(phases: list[Phase], first_phase_of: dict[str, int]) -> dict[str, int]:
     """The phases that a user is told of."""
     peaks = live_peaks(phases)
@@ -203,7 +177,7 @@ def _run(
 ) -> Run:
     """What `train_step` needs."""
     shards: dict[Tensor, Tensor] = {
-        p: nn.Parameter(_local(p).detach()) if isinstance(p, DTensor) else p for p in model.parameters()
+        p: nn.Parameter(local_rows(p).detach()) if isinstance(p, DTensor) else p for p in model.parameters()
     }
     groups = [group | {"params": [shards[p] for p in group["params"]]} for group in decay_groups(model)]
     update = optimizer(groups)
@@ -226,7 +200,7 @@ def _run(
         spike_sigma=None,
     )
     scaler = precision.grad_scaler(_CPU)
-    guard: Any = _Updates(update, scaler, shards)
+    guard: Any = BlindGuard(update, scaler, shards)
     no_loader: Any = None
     run = Run(
         trainer=trainer,
@@ -247,70 +221,8 @@ def _run(
         peak_flops=1.0,
     )
     if optimizer_in_backward:
-        run.update = _InBackward(update, shards)
+        run.update = BlindInBackward(update, shards)
     return run
-
-
-class _Updates:
-    """In place of ``StepGuard``: numbers that are not there cannot be looked at.
-
-    Of sharded parameters the optimizer gets this rank's rows as plain tensors, which is what its kernel works on.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, shards: Mapping[Tensor, Tensor]):
-        self._optimizer, self._scaler = optimizer, scaler
-        self._sharded = [(whole, shard) for whole, shard in shards.items() if whole is not shard]
-
-    def update(self, *_: Any) -> None:
-        for whole, shard in self._sharded:
-            assert whole.grad is not None
-            shard.grad, whole.grad = _local(whole.grad), None
-        self._optimizer.step()
-        if self._scaler.is_enabled():
-            self._scaler.update(1.0)
-
-
-class _InBackward:
-    """In place of the loop's own, for the same two reasons."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, shards: Mapping[Tensor, Tensor]):
-        self._optimizer, self._shards = optimizer, shards
-        self._group_of = {shard: group for group in optimizer.param_groups for shard in group["params"]}
-        for whole in shards:
-            whole.register_post_accumulate_grad_hook(self._take)
-
-    def backward(self, objective: Tensor) -> None:
-        objective.backward()
-
-    def _take(self, whole: Tensor) -> None:
-        shard = self._shards[whole]
-        assert whole.grad is not None
-        gradient, whole.grad = _local(whole.grad), None
-        shard.grad = gradient
-        with only(self._optimizer, self._group_of[shard], shard):
-            self._optimizer.step()
-        shard.grad = None
-
-    def apply(self, loss: Tensor, sample_ids: list[int]) -> Tensor:  # noqa: ARG002 -- every update's signature
-        return loss
-
-
-class _Buckets(OneRank):
-    """In place of ``Replicas``, whose buckets C++ makes from data: they are as large as the gradients, and stay."""
-
-    def __init__(self, replicas: Replicas):
-        super().__init__(_CPU, activation_checkpointing=replicas.activation_checkpointing)
-        self.dp_size = replicas.dp_size
-
-    def place(self, model: nn.Module) -> None:
-        super().place(model)
-        for parameter in model.parameters():
-            bucket = torch.empty_like(parameter)
-
-            def keep(parameter: Tensor, bucket: Tensor = bucket) -> None:
-                parameter.grad = bucket
-
-            parameter.register_post_accumulate_grad_hook(keep)
 
 
 class _GradientBytes:
@@ -356,12 +268,8 @@ def _batch(shape: tuple[int, int]) -> Batch:
     )
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
 def _n_bytes(tensor: Tensor) -> int:
-    local = _local(tensor)
+    local = local_rows(tensor)
     return local.numel() * local.itemsize
 
 

@@ -127,6 +127,7 @@ def test_the_state_goes_from_one_rank_to_two_and_back_without_a_bit_changed(tmp_
 
 
 def test_what_schedule_free_answers_with_is_the_average_and_training_is_not_touched_by_it(tmp_path: Path) -> None:
+    pytest.importorskip("schedulefree")
     run = of("schedule_free", None)
     advance(run, 4)
     before = whole(run)

@@ -1,0 +1,110 @@
+"""Stand-ins for the parts of a run that cannot do without numbers, where tensors have shapes and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ftlab.distributed.ddp import Replicas
+from ftlab.distributed.single import OneRank
+from ftlab.models.transformer import Transformer
+from ftlab.training.update import only
+
+_CPU = torch.device("cpu")
+
+
+class AnyNumber(TorchDispatchMode):
+    """Whatever the host reads of a tensor without data is 1: Adafactor reads norms, and allocates the same for any."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = func is torch.ops.aten._local_scalar_dense.default
+        if reads and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            return 1.0 if args[0].is_floating_point() else 1
+        return func(*args, **kwargs or {})
+
+
+def without_data(model: Transformer) -> None:
+    """Bring a model from meta to CPU tensors without data, and let ``place`` find nothing left to allocate."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=_CPU))
+            setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=_CPU))
+    to_empty: Any = lambda **_: model  # noqa: E731 -- a method of this one model
+    model.to_empty = to_empty  # type: ignore[method-assign]
+
+
+class BlindGuard:
+    """In place of ``StepGuard``: numbers that are not there cannot be looked at.
+
+    Of sharded parameters the optimizer gets this rank's rows as plain tensors, which is what its kernel works on.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, shards: Mapping[Tensor, Tensor]):
+        self._optimizer, self._scaler = optimizer, scaler
+        self._sharded = [(whole, shard) for whole, shard in shards.items() if whole is not shard]
+
+    def update(self, *_: Any) -> None:
+        for whole, shard in self._sharded:
+            assert whole.grad is not None
+            shard.grad, whole.grad = local_rows(whole.grad), None
+        self._optimizer.step()
+        if self._scaler.is_enabled():
+            self._scaler.update(1.0)
+
+
+class BlindInBackward:
+    """In place of ``InBackward``, for the same two reasons."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, shards: Mapping[Tensor, Tensor]):
+        self._optimizer, self._shards = optimizer, shards
+        self._group_of = {shard: group for group in optimizer.param_groups for shard in group["params"]}
+        for whole in shards:
+            whole.register_post_accumulate_grad_hook(self._take)
+
+    def backward(self, objective: Tensor) -> None:
+        objective.backward()
+
+    def _take(self, whole: Tensor) -> None:
+        shard = self._shards[whole]
+        assert whole.grad is not None
+        gradient, whole.grad = local_rows(whole.grad), None
+        shard.grad = gradient
+        with only(self._optimizer, self._group_of[shard], shard):
+            self._optimizer.step()
+        shard.grad = None
+
+    def apply(self, loss: Tensor, sample_ids: list[int]) -> Tensor:  # noqa: ARG002 -- every update's signature
+        return loss
+
+
+class Buckets(OneRank):
+    """In place of ``Replicas``, whose buckets C++ makes from data: they are as large as the gradients, and stay."""
+
+    def __init__(self, replicas: Replicas):
+        super().__init__(_CPU, activation_checkpointing=replicas.activation_checkpointing)
+        self.dp_size = replicas.dp_size
+
+    def place(self, model: nn.Module) -> None:
+        super().place(model)
+        for parameter in model.parameters():
+            bucket = torch.empty_like(parameter)
+
+            def keep(parameter: Tensor, bucket: Tensor = bucket) -> None:
+                parameter.grad = bucket
+
+            parameter.register_post_accumulate_grad_hook(keep)
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor; of any other all."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
