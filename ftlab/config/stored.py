@@ -26,7 +26,10 @@ def stored_config(config: Any, where: object, to_build: Sequence[str] = ()) -> d
     Raises:
         ConfigErrors: with all that is wrong.
     """
-    config = in_todays_names(config)
+    try:
+        config = in_todays_names(config)
+    except ValueError as error:
+        raise ConfigErrors([ConfigError("RUN", f"the configuration in {where} is {error}")]) from None
     problems = [_placed(problem, where) for problem in _faults(config)]
     if not problems:
         problems = [_placed(problem, where) for problem in misfits({group: config[group] for group in to_build})]

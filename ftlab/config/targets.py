@@ -32,14 +32,25 @@ MOVED = {
 }
 
 
-def in_todays_names(tree: Any) -> Any:
-    """A copy of a configuration that a run has kept, in which every ``_target_`` has the name it goes by now."""
-    if isinstance(tree, Mapping):
-        return {
-            key: MOVED.get(value, value) if key == "_target_" and isinstance(value, str) else in_todays_names(value)
-            for key, value in tree.items()
-        }
-    return [in_todays_names(child) for child in tree] if isinstance(tree, list) else tree
+def in_todays_names(tree: Any, depth: int = 64) -> Any:
+    """A copy of a configuration that a run has kept, in which every ``_target_`` has the name it goes by now.
+
+    Args:
+        depth: the most levels it may have; ftlab's own have a handful, and what is far deeper ends Python's stack.
+
+    Raises:
+        ValueError: it has more.
+    """
+    if not isinstance(tree, (Mapping, list)):
+        return tree
+    if depth == 0:
+        raise ValueError("nested too deeply")
+    if isinstance(tree, list):
+        return [in_todays_names(child, depth - 1) for child in tree]
+    copy = {key: in_todays_names(value, depth - 1) for key, value in tree.items()}
+    if isinstance(target := copy.get("_target_"), str):
+        copy["_target_"] = MOVED.get(target, target)
+    return copy
 
 
 def nodes(tree: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -55,7 +55,10 @@ class RunRecord:
     @cached_property
     def config(self) -> Row:
         """``config.yaml``, resolved, secrets masked, in today's names."""
-        found = in_todays_names(_yaml(self.folder / "config.yaml"))
+        try:
+            found = in_todays_names(_yaml(self.folder / "config.yaml"))
+        except ValueError:
+            return {}
         return found if isinstance(found, dict) else {}
 
     @cached_property

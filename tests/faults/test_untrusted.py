@@ -38,6 +38,7 @@ from ftlab.errors import ConfigError, ConfigErrors, DataError, FtlabError
 from ftlab.lab.ask import ask
 from ftlab.lab.export import export
 from ftlab.lab.replay import replay
+from ftlab.lab.runs import RunRecord
 from ftlab.models.auto import AutoModelConfig, find_model
 from ftlab.models.config import ModelConfig
 from ftlab.models.hf import HFModel
@@ -196,6 +197,15 @@ def test_s9_a_configuration_without_a_part_is_named(reader: str, group: str, run
     change_stored(run, lambda config: config.pop(group))
     with pytest.raises(ConfigErrors, match=rf"{group}\._target_: is missing"):
         READERS[reader](run)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_s9_a_configuration_without_a_bottom_is_refused(reader: str, run: Path) -> None:
+    deep = json.loads("[" * 100 + "]" * 100)
+    change_stored(run, lambda config: config.update(more=deep))
+    with pytest.raises(ConfigErrors, match="is nested too deeply"):
+        READERS[reader](run)
+    assert RunRecord(run).config == {}
 
 
 def test_s9_from_outside(run: Path, canary: Path, warm: Warm) -> None:
