@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -117,4 +119,5 @@ def start() -> int:
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # else the end of the interpreter looks through all of torch: up to a second
     sys.exit(exit_code_of(start))

@@ -28,20 +28,27 @@ _ROWS_AT_A_TIME = 4096
 def fit_vocabulary(model: _Config, folder: Path | None, n_ids: int, new_ids: range) -> _Config:
     """``model`` with as many rows as ``n_ids`` need.
 
-    Random weights take the tokenizer's size. Pretrained ones keep their rows, of which they may have some more than
-    there are ids, and get further ones for ``new_ids`` only.
+    Random weights take the tokenizer's size, or a larger one that the configuration names. Pretrained ones keep their
+    rows, of which they may have some more than there are ids, and get further ones for ``new_ids`` only.
 
     Args:
         folder: of the pretrained weights; None for random ones.
         n_ids: the tokenizer's, ``new_ids`` included.
 
     Raises:
-        ConfigError: for a tokenizer of another model's size.
+        ConfigError: for a tokenizer of another model's size, or a vocabulary that has no room for it.
     """
-    if folder is None:
-        return replace(model, vocab_size=n_ids)
-    n_rows = model.vocab_size or described_sizes(folder)[1].get("vocab_size") or n_ids
     n_known = n_ids - len(new_ids)
+    if folder is None:
+        n_rows = model.vocab_size or n_known
+        if n_rows < n_known:
+            raise ConfigError(
+                "model.vocab_size",
+                f"{n_rows} is fewer than the {n_known} tokens of the tokenizer",
+                "model.vocab_size=null, which takes the tokenizer's",
+            )
+        return replace(model, vocab_size=max(n_rows, n_ids))
+    n_rows = model.vocab_size or described_sizes(folder)[1].get("vocab_size") or n_ids
     if not _LEAST_SHARE_OF_ROWS * n_rows <= n_known <= n_rows:
         raise ConfigError(
             "tokenizer",

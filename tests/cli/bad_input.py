@@ -229,7 +229,8 @@ CASES: dict[int, list[Case]] = {
         ),
     ],
     21: [
-        Case(lambda place: [f"model.checkpoint={place.weights()}", "tokenizer=byte"], [r"259 .*\b640\b|\b640\b.* 259"])
+        Case(lambda place: [f"model.checkpoint={place.weights()}", "tokenizer=byte"], [r"259 .*\b640\b|\b640\b.* 259"]),
+        Case(["model.vocab_size=100"], [r"^model\.vocab_size: 100 is fewer than the 640 tokens", "model.vocab_size=null"]),
     ],
     22: [
         Case(
@@ -297,7 +298,7 @@ CASES: dict[int, list[Case]] = {
     ],
     41: [
         Case(
-            ["trainer.batch_size=65537", "model.vocab_size=4000000", "parallelism.activation_checkpointing=full"],
+            ["trainer.batch_size=40", "model.ffn_hidden_dim=2000000", "parallelism.activation_checkpointing=full"],
             [
                 r"memory: each rank needs [\d.]+ GiB \(weights .*, gradients .*, optimizer state ",
                 r"\), but .* available",

@@ -69,6 +69,12 @@ def test_decoding_gives_the_text_back_without_specials(kind):
         assert ours.decode(ours.encode(text, bos=True, eos=True)) == text
 
 
+def test_ids_that_are_nobody_s_have_no_text(kind):
+    tokenizer = kind[0]
+    ids = tokenizer.encode("the model", bos=False, eos=False)
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, 10**6]) == tokenizer.decode(ids)
+
+
 def test_transformers_opens_the_saved_folder_with_equal_ids(kind, tmp_path):
     ours, before, _ = kind
     ours.save(tmp_path)

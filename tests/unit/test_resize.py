@@ -84,8 +84,12 @@ def test_a_grown_model_opens_in_transformers_with_its_new_size(folder, tmp_path)
 PRETRAINED = MODEL.replace(checkpoint="some/model", vocab_size=32000)
 
 
-def test_random_weights_take_the_size_of_the_tokenizer():
-    assert fit_vocabulary(PRETRAINED, None, 259, range(0)).vocab_size == 259
+def test_random_weights_take_the_size_of_the_tokenizer_or_a_larger_one():
+    assert fit_vocabulary(PRETRAINED.replace(vocab_size=None), None, 259, range(0)).vocab_size == 259
+    assert fit_vocabulary(PRETRAINED, None, 259, range(0)).vocab_size == 32000
+    assert fit_vocabulary(PRETRAINED, None, 32002, range(32000, 32002)).vocab_size == 32002
+    with pytest.raises(ConfigError, match="model.vocab_size: 32000 is fewer than the 32001 tokens"):
+        fit_vocabulary(PRETRAINED, None, 32001, range(0))
 
 
 @pytest.mark.parametrize("n_ids", [32000, 31000])  # Qwen and Phi pad their vocabularies

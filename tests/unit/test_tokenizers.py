@@ -41,6 +41,11 @@ def test_decoding_gives_the_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
 
 
+def test_ids_that_are_nobody_s_have_no_text(tokenizer):
+    ids = tokenizer.encode("a b", bos=False, eos=False)
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, 10**6]) == "a b"
+
+
 def test_bos_and_eos_come_only_where_asked_for(tokenizer):
     bare = tokenizer.encode("a b", bos=False, eos=False)
     assert tokenizer.bos_id not in bare

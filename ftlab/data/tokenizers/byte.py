@@ -51,7 +51,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` without specials; bytes that are no UTF-8 become U+FFFD."""
-        return bytes(i - 3 for i in ids if i >= 3).decode(errors="replace")
+        return bytes(i - 3 for i in ids if 3 <= i < self.vocab_size).decode(errors="replace")
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``."""

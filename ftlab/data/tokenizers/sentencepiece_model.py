@@ -81,7 +81,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; BOS and EOS leave no trace in it."""
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.model``, and what transformers wants beside it."""
