@@ -9,6 +9,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,7 @@ from ftlab.training.rehearse import Rehearsal, Shapes, rehearse
 log = logging.getLogger(__name__)
 
 CLEAR_EXCESS = 1.1  # refused above: what is live at once is known exactly, what else wants memory is not
+_FEW_BLOCKS, _MARGIN = (2, 4), 1.2  # how a deep model's memory is estimated, and what that may be wrong by
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -199,10 +201,24 @@ def smallest_change(
     unchanged = [Change([], config, setting.n_ranks)] if said else []
     for change in (*unchanged, *changes(config, setting)):
         changed = replace(setting, n_ranks=change.n_ranks, n_local_ranks=min(change.n_ranks, 8))
+        if _clearly_unfit(change.config, model, changed, available):
+            continue
         found = forecast_or_none(change.config, model, changed)
         if found is not None and found.peak <= available:
             return replace(change, overrides=[*said, *change.overrides])
     return None
+
+
+def _clearly_unfit(config: Config, model: ModelConfig, setting: Setting, available: int) -> bool:
+    """Whether two small models of the same blocks show already that it needs too much: all blocks take seconds."""
+    few, more = _FEW_BLOCKS
+    if model.n_layers < 2 * more:
+        return False
+    found = [forecast_or_none(config, model.replace(n_layers=n), setting) for n in _FEW_BLOCKS]
+    if found[0] is None or found[1] is None:
+        return True
+    per_block = (found[1].peak - found[0].peak) / (more - few)
+    return found[0].peak + (model.n_layers - few) * per_block > _MARGIN * available
 
 
 def changes(config: Config, setting: Setting) -> Iterator[Change]:
@@ -292,6 +308,7 @@ def _over_more_ranks(variants: Sequence[tuple[list[str], Config]], n_ranks: int)
         yield Change(overrides, config | {"parallelism": sharded | kept}, n_ranks)
 
 
+@cache
 def _option(group: str, name: str) -> Config:
     return compose_config([f"{group}={name}"])[group]
 
