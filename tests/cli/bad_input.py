@@ -230,7 +230,9 @@ CASES: dict[int, list[Case]] = {
     ],
     21: [
         Case(lambda place: [f"model.checkpoint={place.weights()}", "tokenizer=byte"], [r"259 .*\b640\b|\b640\b.* 259"]),
-        Case(["model.vocab_size=100"], [r"^model\.vocab_size: 100 is fewer than the 640 tokens", "model.vocab_size=null"]),
+        Case(
+            ["model.vocab_size=100"], [r"^model\.vocab_size: 100 is fewer than the 640 tokens", "model.vocab_size=null"]
+        ),
     ],
     22: [
         Case(

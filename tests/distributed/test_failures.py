@@ -12,8 +12,20 @@ import pytest
 
 from tests.distributed.jobs import ENDLESS, PYTHON, TORCHRUN, Job
 
-FACTS = re.compile(r"rank (\d), last in step (\d+), phase (\w+), (died without a word|was killed by SIGKILL)")
-PHASES = {"start", "data", "model", "forward", "backward", "optimizer", "eval", "save"}
+FACTS = re.compile(r"rank (\d), last in step (\d+), phase ([\w ]+), (died without a word|was killed by SIGKILL)")
+PHASES = {
+    "start",
+    "read data",
+    "build model",
+    "restore",
+    "data",
+    "other",
+    "forward",
+    "backward",
+    "optimizer",
+    "eval",
+    "save",
+}
 STARTS = {"self-launched": PYTHON, "torchrun": TORCHRUN}
 
 

@@ -88,7 +88,7 @@ def test_random_weights_take_the_size_of_the_tokenizer_or_a_larger_one():
     assert fit_vocabulary(PRETRAINED.replace(vocab_size=None), None, 259, range(0)).vocab_size == 259
     assert fit_vocabulary(PRETRAINED, None, 259, range(0)).vocab_size == 32000
     assert fit_vocabulary(PRETRAINED, None, 32002, range(32000, 32002)).vocab_size == 32002
-    with pytest.raises(ConfigError, match="model.vocab_size: 32000 is fewer than the 32001 tokens"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: 32000 is fewer than the 32001 tokens"):
         fit_vocabulary(PRETRAINED, None, 32001, range(0))
 
 

@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
     def encode_with_specials(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; those beyond ``vocab_size``, which a model with rows to spare may come up with, have none."""
+        """The text of ``ids``; those from ``vocab_size`` on, which a model with rows to spare may make, have none."""
 
     def save(self, folder: Path) -> None: ...
 
