@@ -191,7 +191,7 @@ def test_r4_a_killed_rank_is_started_again_from_the_newest_checkpoint(n: int, tm
                 assert job.run_json()["status"] == "completed"
                 assert job.losses() == straight.losses()
                 for path in (straight.cwd / "run" / "checkpoints" / "step_00000200").glob("*-*"):  # rows, random states
-                    mine = cwd / "run" / "checkpoints" / "step_00000200" / path.name
+                    mine = job.folders[0] / "checkpoints" / "step_00000200" / path.name
                     assert mine.read_bytes() == path.read_bytes(), path.name
         figure.remarks.append(f"slowest {slowest:.1f} s on a busy machine")
 
