@@ -7,6 +7,7 @@ contradictions and files first, and when these are in order, whether each ``_tar
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def _check_jobs(master: Composition, overrides: Sequence[str], search: dict[str,
     problems = [*master.problems, *_wrong_engine(master)]
     _raise([problem for problem in problems if problem.key.startswith("hydra.sweeper")])  # else it makes no jobs
     folder = _output_folder(master.cfg, "sweep.dir", problems)
-    if (Path(folder) / SWEEP_FILE).is_file() and master.cfg.sweep.resume is None:
+    if os.path.isfile(Path(folder) / SWEEP_FILE) and master.cfg.sweep.resume is None:
         fix = f"{override('sweep.resume', folder)}, to go on with it"
         problems.append(ConfigError("paths.output_dir", f"{folder} already holds a sweep", fix))
     told = {(problem.key, problem.problem) for problem in problems}

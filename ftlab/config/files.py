@@ -46,7 +46,7 @@ def _paths(value: Any) -> Iterator[str]:
 
 
 def _exists(path: str) -> bool:
-    return "://" in path or bool(glob.glob(os.path.expanduser(path))) or Path(path).expanduser().exists()
+    return "://" in path or bool(glob.glob(os.path.expanduser(path))) or os.path.exists(os.path.expanduser(path))
 
 
 def _sibling(path: Path) -> Path | None:
@@ -63,7 +63,11 @@ def output_problem(folder: str) -> ConfigError | None:
     path = Path(folder).expanduser().absolute()
     # torchrun started this process again (--max-restarts): the run is its own, and will be gone on with.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if (path / "run.json").is_file() and not again:
+    try:
+        taken = (path / "run.json").is_file()
+    except OSError as error:  # a name too long for the system
+        return unwritable(path, error.errno or errno.EINVAL)
+    if taken and not again:
         free = next(f"{path}_{n}" for n in range(2, 1000) if not os.path.lexists(f"{path}_{n}"))
         run = _describe(path / "run.json")
         fix = f"{override('paths.output_dir', free)}, or to go on with that run: resume={path}"

@@ -278,7 +278,7 @@ class HubSource:
     def _last_known(self, hub_cache: str) -> str | None:
         """The commit that the Hub's own cache on this machine has for the revision."""
         folder = Path(hub_cache) / f"datasets--{self.repo_id.replace('/', '--')}" / "refs" / (self.revision or "main")
-        return folder.read_text().strip() if folder.is_file() else None
+        return folder.read_text().strip() if os.path.isfile(folder) else None
 
     def _unreachable(self, error: Exception) -> ConfigError:
         which = ", ".join(filter(None, (self.subset, f"split {self.split!r}", self.revision)))

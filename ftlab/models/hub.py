@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -26,9 +27,9 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
         ConfigError: when it is neither, or the Hub is unreachable, refuses (gated), or knows no such id or revision.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # `is_dir` would raise on a name too long for the system
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise ConfigError(KEY, f"{name} is a file, not a folder", fix=f"{KEY}={folder.parent}")
     hub_id = _HUB_ID.fullmatch(name)
     if not hub_id:

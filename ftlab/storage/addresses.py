@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,10 @@ def find_run(text: str, key: str) -> Address:
     """
     name, at = _taken_apart(text, key)
     run = (OUTPUTS / "latest" if name == "latest" else Path(name).expanduser()).absolute()
-    if not (run / "run.json").is_file():
+    if not os.path.isfile(run / "run.json"):  # which a name too long for the system is not either
         siblings = [path.parent.name for path in run.parent.glob("*/run.json")] if run.parent.is_dir() else []
         nearest = difflib.get_close_matches(run.name, siblings, n=1)
-        problem = f"{run} is no run's folder: it has no run.json" if run.is_dir() else f"there is no folder {run}"
+        problem = f"{run} is no run's folder: it has no run.json" if os.path.isdir(run) else f"there is no folder {run}"
         raise ConfigError(key, problem, f"{key}={run.parent / nearest[0]}" if nearest else f"{key}=latest")
     address = Address(run.resolve(), at)
     steps = [found.step for found in address.checkpoints.complete()]

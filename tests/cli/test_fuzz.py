@@ -193,6 +193,23 @@ def test_r24_no_mistake_is_swallowed_and_none_shows_a_traceback(n: int, tmp_path
         figure.remarks.append(f"{accepted} of them were no mistakes; slowest {slowest:.1f} s")
 
 
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    long = "x" * 5000
+    paths = ("resume", "init_from", "run_name", "paths.output_dir", "paths.cache_dir", "model.checkpoint")
+    commands = [
+        *([f"{key}={long}"] for key in (*paths, "tokenizer.path", "hydra.run.dir")),
+        ["-m", f"hydra.sweep.dir={long}", "seed=1,2"],
+        ["-m", f"sweep.resume={long}"],
+        ["dataset=alpaca", f"dataset.source={long}"],
+        ["dataset=alpaca", "dataset.source=json", f"dataset.data_files={long}"],
+    ]
+    with Warm() as warm:
+        for typed in commands:
+            said = warm("train.py", *typed, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+            check(said, typed)
+            assert said.exit_code == 2, typed
+
+
 def test_a_silent_yes_would_be_seen() -> None:
     assert unknown({"optimizer": {"lr": 1, "lrr": 2}, "seed": 1, "sed": 1, "dataset": {"column_map": {"x": 1}}}) == [
         "optimizer.lrr",

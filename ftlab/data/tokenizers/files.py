@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +35,9 @@ def find_file(path: str | None, names: Sequence[str]) -> Path:
     if path is None:
         raise ConfigError(KEY, "is null and so is model.checkpoint, where it is looked for by default", fix)
     local = Path(path).expanduser()
-    if local.is_file():
+    if os.path.isfile(local):  # `is_file` would raise on a name too long for the system
         return local
-    if not local.is_dir() and not _HUB_ID.fullmatch(path):
+    if not os.path.isdir(local) and not _HUB_ID.fullmatch(path):
         expected = f"expected a {names[0]} file or a folder that holds {' or '.join(names)}"
         raise ConfigError(KEY, f"{local.absolute()} does not exist; {expected}", fix)
     folder = local.resolve() if local.is_dir() else _fetch(path, names)
