@@ -300,7 +300,10 @@ CASES: dict[int, list[Case]] = {
     ],
     41: [
         Case(
-            ["trainer.batch_size=39", "model.ffn_hidden_dim=2000000", "parallelism.activation_checkpointing=full"],
+            [
+                *("trainer.batch_size=39", "model.ffn_hidden_dim=4000000", "precision=bf16", "optimizer=sgd"),
+                "parallelism.activation_checkpointing=full",
+            ],
             [
                 r"memory: each rank needs [\d.]+ GiB \(weights .*, gradients .*, optimizer state ",
                 r"\), but .* available",

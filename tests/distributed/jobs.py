@@ -136,7 +136,8 @@ class Job:
     @property
     def folders(self) -> list[Path]:
         """The run folders it made."""
-        return sorted(path.parent for path in self.cwd.rglob("run.json"))
+        # `rglob` would raise where a checkpoint is removed while it looks.
+        return sorted(Path(folder) for folder, _, files in os.walk(self.cwd) if "run.json" in files)
 
     def run_json(self) -> dict[str, Any]:
         """``run.json`` of its only folder."""
