@@ -33,6 +33,7 @@ _ATTENTION = frozenset(
         _aten._scaled_dot_product_fused_attention_overrideable.default,
     }
 )
+_ATTENTION_BY_DOCUMENT = "ftlab::attend_by_document"
 
 
 def checkpoint_activations(model: nn.Module, mode: str) -> None:
@@ -111,7 +112,7 @@ def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
     n_matmuls: Counter[bool] = Counter()  # forward and recomputation go through the same sequence, each counted apart
 
     def policy(context: SelectiveCheckpointContext, op: OpOverload, *_: Any, **__: Any) -> CheckpointPolicy:
-        keep = op in _ATTENTION
+        keep = op in _ATTENTION or op.name() == _ATTENTION_BY_DOCUMENT
         if op == _MATMUL:
             n_matmuls[context.is_recompute] += 1
             # The second, fourth, ...: in a Llama block k, o and up. Its seventh, the last, is never needed again.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from ftlab.models.config import ModelConfig
+from ftlab.models.cpu_attention import LONG, attend_by_document
 
 
 class Causal:
@@ -31,6 +32,9 @@ class Causal:
         if self._window is not None and q.shape[2] == 1:  # a newly generated token: the last keys are its window
             k, v = k[:, :, -self._window :], v[:, :, -self._window :]
         n_queries, n_keys = q.shape[2], k.shape[2]
+        if q.device.type == "cpu" and n_queries > 1 and n_queries == n_keys:
+            answer: Tensor = attend_by_document(q, k, v, None, self._window)[0]
+            return answer
         mask = None
         windowed = self._window is not None and self._window < n_keys
         # A chunk after a filled cache needs one too: is_causal would align it with the first keys.
@@ -65,6 +69,9 @@ def kernel_name(config: ModelConfig, seq_len: int, dtype: torch.dtype, device: t
     """Which kernel computes attention for rows of ``seq_len``: torch's own choice, asked once and told the user."""
     if packed and device.type == "cuda":
         return "flex attention, compiled"
+    if device.type == "cpu":
+        name = "flash" if seq_len < LONG else f"flash, documents of {LONG} tokens and more in blocks"
+        return f"{name}, a call per document" if packed else name
     assert config.head_dim is not None  # ModelConfig resolved them
     assert config.n_kv_heads is not None
     heads = (config.n_heads, config.n_kv_heads)
@@ -82,7 +89,7 @@ def kernel_name(config: ModelConfig, seq_len: int, dtype: torch.dtype, device: t
 class Documents:
     """Rows packed with documents, none of which sees another; each is attended to like a row of its own.
 
-    On the host one call of the kernel per document: the work is the sum of their squared lengths, where one
+    On a CPU one document after the other: the work is the sum of their squared lengths, where one
     call with a mask would compute the square of the row's. On CUDA flex attention, which skips the blocks of
     the mask that are empty: its shapes are the row's, whatever documents are in it, so nothing is compiled
     anew, and the host never waits to learn the lengths.
@@ -103,8 +110,6 @@ class Documents:
         self._begins, self._window = begins, window
         if doc_ids.device.type == "cuda":
             self._mask = _block_mask(begins.cumsum(dim=1), window)
-        else:
-            self._lengths = _lengths(begins)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cuda":
@@ -112,117 +117,8 @@ class Documents:
 
             attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
             return attend(q, k, v, block_mask=self._mask, enable_gqa=q.shape[1] != k.shape[1])
-        if torch.compiler.is_compiling():  # lengths would become part of what is compiled, anew for every batch
-            answer: Tensor = _attend_opaquely(q, k, v, self._begins, self._window)[0]
-            return answer
-        return _attend_by_document(q, k, v, self._lengths, self._window)
-
-
-def _lengths(begins: Tensor) -> list[int]:
-    """Tokens of every document; ``begins`` (B, T) bool, where one begins."""
-    starts = begins.flatten().nonzero().flatten().tolist()
-    return [end - start for start, end in zip(starts, [*starts[1:], begins.numel()], strict=True)]
-
-
-def _attend_by_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
-    """One call of the kernel per document; (B, H, T, D) -> (B, H, T, D), in memory (B, T, H, D)."""
-    attend = Causal(window)
-    documents = (t.transpose(1, 2).flatten(0, 1).split(lengths) for t in (q, k, v))
-    # (its length, H, D) -> (1, H, its length, D), and back
-    parts = ([part.transpose(0, 1)[None] for part in split] for split in documents)
-    answers = [attend(*document)[0].transpose(0, 1) for document in zip(*parts, strict=True)]
-    return torch.cat(answers).unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
-
-
-# What follows is `_attend_by_document` as one operation with shapes that do not depend on the documents, for compiled
-# code. Below autograd, where an operation of its own is computed, there is no graph: hence torch's kernel and its
-# backward by name. For their masks and grouped heads see `Causal`.
-
-
-@torch.library.custom_op("ftlab::attend_by_document", mutates_args=())
-def _attend_opaquely(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """The answer (B, H, T, D), and the logarithms of the softmax's sums (H, B*T) that backward needs."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    answer, log_sums = _empty_like(q), q.new_empty(q.shape[1], begins.numel(), dtype=torch.float32)
-    for place, (some_q, some_k, some_v, some_answer) in _documents(begins, q, k, v, answer):
-        settings = _causal(some_q, window)
-        found, log_sums[:, place] = kernel(some_q, some_k, some_v, **settings)
-        some_answer.copy_(found)
-    return answer, log_sums
-
-
-@torch.library.custom_op("ftlab::attend_by_document_backward", mutates_args=())
-def _attend_backward(
-    d_answer: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    answer: Tensor,
-    log_sums: Tensor,
-    begins: Tensor,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by q, k and v."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    gradients = _empty_like(q), _empty_like(k), _empty_like(v)
-    for place, (some_d_answer, some_q, some_k, some_v, some_answer, *targets) in _documents(
-        begins, d_answer, q, k, v, answer, *gradients
-    ):
-        settings = {"dropout_p": 0.0} | _causal(some_q, window)
-        found = kernel(some_d_answer, some_q, some_k, some_v, some_answer, log_sums[None, :, place], **settings)
-        for target, gradient in zip(targets, found, strict=True):
-            target.copy_(gradient)
-    return gradients
-
-
-def _documents(begins: Tensor, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Each document's place among all tokens and its part of every (B, H, T, D) tensor, (1, H, its length, D)."""
-    flat = [t.transpose(1, 2).flatten(0, 1).transpose(0, 1) for t in tensors]  # views: in memory (B, T, H, D)
-    start = 0
-    for length in _lengths(begins):
-        place = slice(start, start + length)
-        yield place, [t[None, :, place] for t in flat]
-        start += length
-
-
-def _causal(q: Tensor, window: int | None) -> dict[str, Any]:
-    """The kernel's settings for a document of queries (1, H, T, D)."""
-    n_tokens = q.shape[2]
-    if window is None or window >= n_tokens:
-        return {"is_causal": True}
-    allowed = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril().triu(1 - window)
-    return {
-        "is_causal": False,
-        "attn_mask": torch.zeros(n_tokens, n_tokens, dtype=q.dtype).masked_fill(~allowed, -torch.inf),
-    }
-
-
-def _empty_like(heads: Tensor) -> Tensor:
-    """(B, H, T, D), in memory (B, T, H, D)."""
-    batch, n_heads, n_tokens, head_dim = heads.shape
-    return heads.new_empty(batch, n_tokens, n_heads, head_dim).transpose(1, 2)
-
-
-@_attend_opaquely.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, window: int | None) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return _empty_like(q), q.new_empty(q.shape[1], begins.numel(), dtype=torch.float32)
-
-
-@_attend_backward.register_fake
-def _(d_answer: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    return _empty_like(q), _empty_like(k), _empty_like(v)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, begins, ctx.window = inputs
-    ctx.save_for_backward(q, k, v, *output, begins)
-
-
-def _differentiate(ctx: Any, d_answer: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(d_answer, *ctx.saved_tensors, ctx.window), None, None
-
-
-_attend_opaquely.register_autograd(_differentiate, setup_context=_keep)
+        answer: Tensor = attend_by_document(q, k, v, self._begins, self._window)[0]
+        return answer
 
 
 def _block_mask(documents: Tensor, window: int | None) -> Any:

@@ -14,8 +14,6 @@ from ftlab import IGNORE_INDEX
 from ftlab.data.batch import Pack
 from ftlab.distributed.single import OneRank
 from ftlab.losses import ChunkedCrossEntropy
-from ftlab.models import attention
-from ftlab.models.attention import Documents
 from ftlab.models.compiled import compile_blocks
 from ftlab.training.generate import generate
 from ftlab.training.loop import fit
@@ -106,22 +104,3 @@ def test_the_compiled_loss_is_the_plain_one_and_compiled_once_for_all_numbers_of
         torch.testing.assert_close(copies[1], copies[0], rtol=2**-7, atol=0)  # a unit in the last place
     assert n_graphs() == 1
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("n_kv_heads", [4, 2])
-def test_the_one_operation_and_its_gradients_are_those_of_a_call_per_document(window, n_kv_heads):
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4, [0] * 16])
-    documents = Documents(ids, window)
-    shapes = ((2, 16, heads, 8) for heads in (4, n_kv_heads, n_kv_heads))
-    inputs = [torch.randn(*s, generator=generator).transpose(1, 2).requires_grad_() for s in shapes]
-    d_answer = torch.randn(2, 16, 4, 8, generator=generator).transpose(1, 2)
-    plain = documents(*inputs)
-    opaque, _ = attention._attend_opaquely(*inputs, documents._begins, window)
-    torch.testing.assert_close(opaque, plain)
-    for one, other in zip(
-        torch.autograd.grad(opaque, inputs, d_answer), torch.autograd.grad(plain, inputs, d_answer), strict=True
-    ):
-        torch.testing.assert_close(one, other)
-    torch.library.opcheck(attention._attend_opaquely, (*inputs, documents._begins, window))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ftlab.distributed.activation import checkpoint_activations
 from ftlab.models import attention
 from ftlab.models.attention import Causal, Documents
+from ftlab.models.cpu_attention import attend_by_document
 from ftlab.models.layers import KVCache
 from tests.unit.test_transformer import initialised, small
 
@@ -97,6 +98,33 @@ def test_recomputation_repeats_packed_attention_to_the_bit(mode):
         found.append(gradients(model))
     for name, gradient in found[0].items():
         assert torch.equal(found[1][name], gradient), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3, 150])
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_attention_and_its_gradients_are_those_of_each_document_in_float64(n_kv_heads, window, dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = [[20, 280, 84], [384]]
+    n_tokens, tolerance = sum(rows[0]), {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    shapes = ((2, n_tokens, heads, 8) for heads in (4, n_kv_heads, n_kv_heads))
+    inputs = [torch.randn(*s, generator=generator).to(dtype).transpose(1, 2).requires_grad_() for s in shapes]
+    d_answer = torch.randn(2, n_tokens, 4, 8, generator=generator).to(dtype).transpose(1, 2)
+    answer = Documents(ids_of(rows), window)(*inputs)
+
+    exact = [t.detach().double().repeat_interleave(4 // t.shape[1], dim=1).requires_grad_() for t in inputs]
+    ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows])
+    allowed = (ids[:, :, None] == ids[:, None, :]).tril().triu(1 - window if window else -n_tokens)[:, None]
+    q, k, v = exact
+    scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(~allowed, -torch.inf)
+    expected = scores.softmax(-1) @ v
+    found = (answer, *torch.autograd.grad(answer, inputs, d_answer))
+    for one, other in zip(found, (expected, *torch.autograd.grad(expected, exact, d_answer.double())), strict=True):
+        other = other.unflatten(1, (one.shape[1], -1)).sum(2)  # a key's gradient is the sum of its queries' heads'
+        assert one.dtype == dtype
+        assert (one - other).norm() <= tolerance * other.norm()
+    begins = Documents(ids_of(rows), window)._begins
+    torch.library.opcheck(attend_by_document, (*inputs, begins, window))
 
 
 def test_a_row_that_is_one_document_is_an_ordinary_row():
