@@ -20,6 +20,7 @@ from ftlab import IGNORE_INDEX
 
 # Logits whose softmax is taken at once, in float32: on a CPU they stay in its cache, on a GPU they bound the memory.
 _SCRATCH_ON_HOST, _SCRATCH_ON_GPU = 2**20, 2**26
+_ROWS_TOLD_APART = 256  # numbers of targets between two multiples get the same memory
 
 
 class Loss(Protocol):
@@ -176,11 +177,14 @@ class _ChunkedNLL(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         d_weight: Tensor | None = None
+        # Of one size whatever the number of targets, so that the next step gets the memory of this one.
+        n_rows = min(loss.chunk_tokens, -(-len(hidden) // _ROWS_TOLD_APART) * _ROWS_TOLD_APART)
+        buffer = weight.new_empty(n_rows, len(weight))
         for start in range(0, len(hidden), loss.chunk_tokens):
             chunk = slice(start, start + loss.chunk_tokens)
             x = hidden[chunk].to(compute)
             some_weights = None if weights is None else weights[chunk]
-            logits = F.linear(x, weight)
+            logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
             total += loss.to_gradient(logits, targets[chunk], some_weights)
             counts = (targets[chunk] != IGNORE_INDEX)[:, None]
             d_hidden[chunk] = (logits @ weight).masked_fill_(~counts, 0.0)

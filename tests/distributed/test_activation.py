@@ -49,7 +49,7 @@ def ops_of_backward(mode: str) -> Counter[str]:
 @pytest.mark.parametrize(("mode", "matmuls", "attentions"), [("full", 6, 1), ("selective", 3, 0)])
 def test_what_a_block_computes_again(mode: str, matmuls: int, attentions: int) -> None:
     kept, counts = ops_of_backward("none"), ops_of_backward(mode)
-    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    attention = "ftlab::attend_by_document"
     assert kept[attention] == 0
     assert counts[attention] == attentions * MODEL.n_layers
     assert counts["mm"] - kept["mm"] == matmuls * MODEL.n_layers
