@@ -38,6 +38,7 @@ from ftlab.data.samples import Samples
 from ftlab.distributed.env import describe_device, peak_flops
 
 HERE = Path(__file__).parent
+OURS = ("GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")  # importing ftlab sets them, unless they are set; not for its peers
 PEERS = {
     "torchtune": ["torchtune==0.6.1", "torchao==0.13.0", "torchdata==0.11.0"],
     "trl": ["trl==1.16.0"],
@@ -87,7 +88,8 @@ class Contestant:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "TOKENIZERS_PARALLELISM": "false"},
+            env={k: v for k, v in os.environ.items() if k not in OURS}
+            | {"PYTHONPATH": os.pathsep.join(path), "TOKENIZERS_PARALLELISM": "false"},
         )
         self.loss_before = self._answer()["loss"]
         self.loss_after = float("nan")

@@ -31,6 +31,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write("\n" + figures.table([figure.row for figure in figures.done]))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_library() -> None:
+    """As in a run, and the same for all that tests compare with one."""
+    from ftlab.models.float32 import choose_float32_library
+
+    choose_float32_library()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real rows and a real tokenizer that the project does not carry, for their licences."""

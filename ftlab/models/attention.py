@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from ftlab.models.config import ModelConfig
-from ftlab.models.cpu_attention import LONG, attend_by_document
+from ftlab.models.cpu_attention import LONG, attend_by_document, in_blocks
 
 
 class Causal:
@@ -70,7 +70,7 @@ def kernel_name(config: ModelConfig, seq_len: int, dtype: torch.dtype, device: t
     if packed and device.type == "cuda":
         return "flex attention, compiled"
     if device.type == "cpu":
-        name = "flash" if seq_len < LONG else f"flash, documents of {LONG} tokens and more in blocks"
+        name = f"flash, documents of {LONG} tokens and more in blocks" if in_blocks(dtype, seq_len) else "flash"
         return f"{name}, a call per document" if packed else name
     assert config.head_dim is not None  # ModelConfig resolved them
     assert config.n_kv_heads is not None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ftlab.distributed.activation import checkpoint_activations
-from ftlab.models import attention
+from ftlab.models import attention, cpu_attention
 from ftlab.models.attention import Causal, Documents
 from ftlab.models.cpu_attention import attend_by_document
 from ftlab.models.layers import KVCache
@@ -101,9 +101,13 @@ def test_recomputation_repeats_packed_attention_to_the_bit(mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 3, 150])
+@pytest.mark.parametrize("by_onednn", [True, False])  # of float32, long documents in blocks or not
+@pytest.mark.parametrize("window", [None, 3, 150, 250])
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
-def test_attention_and_its_gradients_are_those_of_each_document_in_float64(n_kv_heads, window, dtype):
+def test_attention_and_its_gradients_are_those_of_each_document_in_float64(
+    n_kv_heads, window, by_onednn, dtype, monkeypatch
+):
+    monkeypatch.setattr(cpu_attention, "multiplied_by_onednn", lambda: by_onednn)
     generator = torch.Generator().manual_seed(0)
     rows = [[20, 280, 84], [384]]
     n_tokens, tolerance = sum(rows[0]), {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
