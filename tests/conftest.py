@@ -15,8 +15,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 # No test finds what another version of the code left behind, and none leaves anything behind.
-os.environ.setdefault("FTLAB_CACHE_DIR", tempfile.mkdtemp(prefix="ftlab-test-cache-"))
-atexit.register(shutil.rmtree, os.environ["FTLAB_CACHE_DIR"], ignore_errors=True)
+if "FTLAB_CACHE_DIR" not in os.environ:  # a parallel worker has its parent's
+    os.environ["FTLAB_CACHE_DIR"] = tempfile.mkdtemp(prefix="ftlab-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["FTLAB_CACHE_DIR"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

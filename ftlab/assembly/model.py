@@ -14,6 +14,7 @@ from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError
 from ftlab.models.auto import AnyModel, AnyModelConfig
+from ftlab.models.float32 import choose_float32_library
 from ftlab.models.resize import compare_specials, fit_vocabulary
 from ftlab.models.transformer import Transformer
 from ftlab.models.weights import load_weights
@@ -74,6 +75,8 @@ def build_model(config: AnyModelConfig, fill: Fill, precision: Precision, parall
     Args:
         fill: gives the freshly allocated parameters their values.
     """
+    if parallel.device.type == "cpu":
+        choose_float32_library()
     with torch.device("meta"):
         model = config.build().to(precision.weights)
     precision.prepare(model)

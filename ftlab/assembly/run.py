@@ -18,7 +18,6 @@ from ftlab.distributed.precision import Precision
 from ftlab.losses import Loss
 from ftlab.models.auto import AnyModelConfig
 from ftlab.models.compiled import compile_blocks
-from ftlab.models.float32 import choose_float32_library
 from ftlab.optim.groups import decay_groups
 from ftlab.training import rng
 from ftlab.training.evaluate import Evaluator
@@ -52,7 +51,6 @@ def assemble_run(
     strategy: Strategy = build(config["parallelism"])
     parallel = strategy.start(worker, precision)
     if worker.device.type == "cpu":
-        choose_float32_library()
         return_freed_memory() if isinstance(parallel, Shards) else keep_freed_memory()
     if global_batch_size is not None:
         trainer = trainer.with_global_batch_size(global_batch_size, parallel.dp_size)
