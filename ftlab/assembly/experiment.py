@@ -185,6 +185,8 @@ def assemble(
         team.watch.beat(0, "build model")
     config = with_found_batch_size(config, model_config, data, worker, team)
     predicted, meter = foretell_memory(config, model_config, data, worker), MemoryMeter(worker.device)
+    if team is not None:
+        team.wait_for_all("build model")  # who joins a process group waits for the others in native code
     run = assemble_run(
         config,
         model_config,

@@ -64,6 +64,7 @@ class Watch:
         self._step, self._phase, self._left, self._count = 0, "start", 0, 0
         self._still: dict[int, tuple[int, float]] = {}  # local rank: its last pulse, seconds for which that stood still
         self._closing, self._interrupted_at = False, math.inf
+        self._heard: signal.Signals | None = None  # by a handler of this class, which means: not by the loop's
         self.leaves_signals = False
         """Whether signals are somebody else's: the loop's, which saves before it stops."""
         self._lock = threading.Lock()
@@ -72,17 +73,17 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
-        self._beat()
         self._wake.setblocking(False)
         self._signals.setblocking(False)
         # A byte arrives at once; a handler only when the main thread is back in Python, which may be never.
         self._handlers = {
             signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt),
             # SIGTERM mostly means that another rank failed: the thread finds out, and stops this one in good order.
-            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None),
-            signal.SIGUSR1: signal.signal(signal.SIGUSR1, lambda *_: None),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, self._hear),
+            signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._hear),
         }
         self._wakeup_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        self._beat()  # now that no signal ends this rank without a word, the others may count on it
         self._thread.start()
         return self
 
@@ -169,8 +170,12 @@ class Watch:
         if self.board.claim(failure):
             self._publish(failure)
 
-    def _interrupt(self, *_: object) -> None:
+    def _hear(self, number: int, _: object) -> None:
+        self._heard = signal.Signals(number)
+
+    def _interrupt(self, number: int, frame: object) -> None:
         """SIGINT, by Ctrl-C or by the thread: the first Ctrl-C leaves the main thread time for its next `beat`."""
+        self._hear(number, frame)
         again = time.monotonic() > self._interrupted_at + _SAME_S
         self._interrupted_at = min(self._interrupted_at, time.monotonic())
         if not self._closing and (again or self.board.failure() is not None):
@@ -191,6 +196,8 @@ class Watch:
                 arrived = signal.Signals(self._signals.recv(64)[0])
                 if not self.leaves_signals:
                     received, signalled_at = arrived, min(now, signalled_at)
+            if self._heard is not None:  # also where `leaves_signals` came first, and the loop's handler later
+                received, signalled_at, self._heard = self._heard, min(now, signalled_at), None
             # Time in which this rank was stopped itself (Ctrl-Z, fg) is nobody's silence.
             self._look_around(min(now - before, 5 * _POLL_S))
             before = now

@@ -167,6 +167,22 @@ class Team:
         while any(board.read(i) is None for i in range(board.n_ranks)):
             time.sleep(_POLL_S)
 
+    def wait_for_all(self, phase: str) -> None:
+        """Return once every rank has come as far as ``phase``.
+
+        For what waits in native code, which no signal and no failure ends: whoever has a reason to stop says so here,
+        and does not leave the others waiting there.
+
+        Raises:
+            RankError: some rank, or this one, has to stop.
+        """
+        self.watch.beat(0, phase)
+        here, n_ranks = self._store.add(phase, 1), self.worker.world_size
+        all_here = -(-here // n_ranks) * n_ranks  # where they meet again, those of the last time are counted, too
+        while self._store.add(phase, 0) < all_here:
+            self.watch.beat(0, phase)  # only while one is missing: once all are there, none may turn back
+            time.sleep(_POLL_S)
+
     def from_first(self, key: str, text: str | None) -> str:
         """Rank 0's ``text``, on every rank."""
         store = self._store

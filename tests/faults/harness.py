@@ -134,6 +134,11 @@ class Trial:
         assert not self.failures, "\n".join(self.failures.values())
         return self.outcomes
 
+    def exit_codes(self) -> list[int | None]:
+        """What each rank would have ended with by itself; of one that told no outcome, what its process ended with."""
+        ended = zip(self.outcomes, self.processes, strict=True)
+        return [outcome.exit_code if outcome else process.exitcode for outcome, process in ended]
+
     def stderr(self) -> str:
         """What all ranks have said so far."""
         return "".join(path.read_text() for path in sorted(self.plan.notes.glob("stderr-*")))

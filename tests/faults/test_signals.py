@@ -14,8 +14,9 @@ from ftlab.storage.manifest import Manifest
 from tests.distributed.jobs import PYTHON, TORCHRUN, Job
 from tests.faults.acts import HoldAt, TellAt
 from tests.faults.figures import Figure, trials
-from tests.faults.harness import Folder, assert_same, reference
-from tests.faults.test_kills import LAYOUTS
+from tests.faults.harness import Folder, Trial, assert_same, reference
+from tests.faults.test_kills import DDP, FSDP, LAYOUTS
+from tests.faults.troubles import ToldBefore, ToldBeforeTheLoopListens
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -62,12 +63,12 @@ def tell_to_stop(folder: Folder, rng: random.Random) -> str:
             time.sleep(rng.uniform(0.001, 0.05))
             trial.send(again, ranks)
         outcomes = trial.end()
-        took_s, stderr = time.monotonic() - told, trial.stderr()
-    what = f"{number.name} then {again} to {ranks or 'all'} at {event.point}, step {event.step}"
+        took_s, stderr, codes = time.monotonic() - told, trial.stderr(), set(trial.exit_codes())
+    what = f"{number.name} then {again} to {ranks or 'all'} at {event.point}, step {event.step}, {took_s:.1f} s"
     assert took_s < 30, what
-    codes = {outcome.exit_code if outcome else None for outcome in outcomes}
     asked = {number, again} if again else {number}
     assert len(codes) == 1, f"{what}: {codes}\n{stderr}"
+    assert None not in outcomes, f"{what}: a rank was ended by its watch\n{stderr}"
     assert len({max(outcome.step, 0) for outcome in outcomes if outcome}) == 1, what
     assert "Traceback" not in stderr, stderr
     assert "this is a bug" not in stderr, stderr
@@ -212,6 +213,29 @@ def test_a_stop_before_the_first_step_claims_nothing(tmp_path: Path) -> None:
     assert folder.record()["status"] == "preempted"
     assert "before the first step: none is saved" in stderr
     assert_same(folder, folder.train())
+
+
+@pytest.mark.parametrize(("late", "phase"), [(0, "build model"), (1, "read data")])
+def test_a_rank_that_stops_leaves_no_other_where_no_signal_reaches(tmp_path: Path, late: int, phase: str) -> None:
+    """Not in the native code that forms a process group: it would wait there until its watch ends the process."""
+    n_ranks, overrides = (FSDP, DDP)[late]
+    folder = Folder(tmp_path / "run", *overrides, n_ranks=n_ranks)
+    with Trial(folder.plan(before=ToldBefore(late, phase)), n_ranks) as trial:
+        outcomes = trial.end()
+        assert trial.exit_codes() == [143, 143]
+        assert None not in outcomes, "ended by its watch"
+    assert folder.record()["status"] == "preempted"
+
+
+def test_a_signal_is_not_lost_between_two_handlers(tmp_path: Path) -> None:
+    """The loop's follow those of the time before; what those hear in the last moment counts, too."""
+    n_ranks, overrides = FSDP
+    longer = ("trainer.max_steps=200", "evaluation.every_steps=1000", "checkpoint.every_steps=1000")
+    folder = Folder(tmp_path / "run", *overrides, *longer, n_ranks=n_ranks)
+    with Trial(folder.plan(before=ToldBeforeTheLoopListens(0)), n_ranks) as trial:
+        trial.end()
+        assert trial.exit_codes() == [143, 143]
+    assert folder.checkpoints.complete()[-1].step == folder.record()["progress"]["step"]
 
 
 @pytest.mark.parametrize("patience", [None, 1])

@@ -7,6 +7,7 @@ import ctypes
 import io
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,10 +20,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import ftlab.run
+from ftlab.distributed.heartbeat import Watch
 from ftlab.loggers import wandb as wandb_logger
 from ftlab.losses import Loss
 from ftlab.training import loop
 from ftlab.training.run import Run
+from ftlab.training.wishes import Wishes
 from tests.faults.trial import Rank, digests
 
 
@@ -202,3 +205,43 @@ class WithWandb:
 
         wandb_logger.WandbLogger.log = timed  # type: ignore[method-assign]
         ftlab.run.fit = timed_fit
+
+
+@dataclass(frozen=True)
+class ToldBefore:
+    """SIGTERM to one rank before it begins a phase, which it does once all ranks can know that it will not."""
+
+    rank: int
+    phase: str
+
+    def __call__(self, rank: Rank) -> None:
+        beat, told = Watch.beat, False
+
+        def late(watch: Watch, step: int, phase: str) -> None:
+            nonlocal told
+            if phase == self.phase and not told:
+                told = True
+                os.kill(os.getpid(), signal.SIGTERM)
+                while watch.board.failure() is None:
+                    time.sleep(0.01)
+            beat(watch, step, phase)
+
+        if rank.worker.rank == self.rank:
+            Watch.beat = late  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class ToldBeforeTheLoopListens:
+    """SIGTERM to one rank when signals are the loop's already, but its handlers are not there yet."""
+
+    rank: int
+
+    def __call__(self, rank: Rank) -> None:
+        listening = Wishes.listening
+
+        def told(wishes: Wishes) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return listening(wishes)
+
+        if rank.worker.rank == self.rank:
+            Wishes.listening = told  # type: ignore[method-assign]
