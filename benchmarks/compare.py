@@ -207,7 +207,7 @@ def write(name: str, contestants: list[Contestant], arguments: argparse.Namespac
         "",
         told + ".",
         "",
-        f"`python benchmarks/compare.py {' '.join(sys.argv[1:])}`",
+        f"`python benchmarks/compare.py {' '.join(Path(word).name for word in sys.argv[1:])}`",
         "",
         f"{arguments.rounds} turns of {arguments.steps} steps each, taken in rotation.",
         "",
