@@ -26,7 +26,8 @@ def test_products_are_as_exact_as_float32_is(shape, transposed, batch):
     n, k, m = shape
     generator = torch.Generator().manual_seed(n)
     a = torch.randn(*batch, n, k, generator=generator)
-    b = torch.randn(*batch, m, k, generator=generator).mT if transposed else torch.randn(*batch, k, m)
+    b = torch.randn(*batch, *((m, k) if transposed else (k, m)), generator=generator)
+    b = b.mT if transposed else b
     exact = a.double() @ b.double()
     assert (a @ b - exact).norm() < 2e-6 * exact.norm()  # bfloat16: 2e-3, TF32: 3e-4
 
