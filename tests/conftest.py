@@ -33,11 +33,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def float32_library() -> None:
-    """As in a run, and the same for all that tests compare with one."""
-    from ftlab.models.float32 import choose_float32_library
+def products_as_in_a_run() -> None:
+    """And the same for all that tests compare with one."""
+    import torch
 
-    choose_float32_library()
+    from ftlab.models.cpu_products import speed_up_products
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        speed_up_products(dtype)
 
 
 @pytest.fixture(scope="session")

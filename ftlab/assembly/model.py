@@ -14,7 +14,7 @@ from ftlab.distributed.base import Parallelism
 from ftlab.distributed.precision import Precision
 from ftlab.errors import ConfigError
 from ftlab.models.auto import AnyModel, AnyModelConfig
-from ftlab.models.float32 import choose_float32_library
+from ftlab.models.cpu_products import speed_up_products
 from ftlab.models.resize import compare_specials, fit_vocabulary
 from ftlab.models.transformer import Transformer
 from ftlab.models.weights import load_weights
@@ -76,7 +76,7 @@ def build_model(config: AnyModelConfig, fill: Fill, precision: Precision, parall
         fill: gives the freshly allocated parameters their values.
     """
     if parallel.device.type == "cpu":
-        choose_float32_library()
+        speed_up_products(precision.compute)
     with torch.device("meta"):
         model = config.build().to(precision.weights)
     precision.prepare(model)

@@ -2,8 +2,8 @@
 
 Its shapes do not depend on the documents, so compiled code calls it whatever they are, and autograd keeps one node for
 all of them. Documents take torch's flash kernel in float32, for in 16 bits it needs two to five times as long. Long
-ones are quicker in plain matrix products, a block of queries at a time, where oneDNN computes these: in 16 bits, and
-on some CPUs in float32 (``float32.py``). Scores and softmax stay in float32.
+ones are quicker in plain matrix products, a block of queries at a time, where oneDNN computes these
+(``cpu_products.py``). Scores and softmax stay in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftlab.models.float32 import multiplied_by_mkl, multiplied_by_onednn
+from ftlab.models.cpu_products import multiplied_by_mkl, multiplied_by_onednn
 
 _aten = torch.ops.aten
 LONG = 192  # tokens of a document from which on it may be computed in blocks
@@ -76,7 +76,7 @@ def _backward(
 
 def in_blocks(dtype: torch.dtype, n_tokens: int) -> bool:
     """Whether a document of ``n_tokens`` is computed in blocks."""
-    return n_tokens >= LONG and (dtype.itemsize == 2 or (dtype == torch.float32 and multiplied_by_onednn()))
+    return n_tokens >= LONG and multiplied_by_onednn(dtype)
 
 
 def _documents(begins: Tensor | None, log_sums: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:

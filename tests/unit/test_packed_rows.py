@@ -101,13 +101,13 @@ def test_recomputation_repeats_packed_attention_to_the_bit(mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("by_onednn", [True, False])  # of float32, long documents in blocks or not
+@pytest.mark.parametrize("by_onednn", [True, False])  # long documents in blocks or not
 @pytest.mark.parametrize("window", [None, 3, 150, 250])
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
 def test_attention_and_its_gradients_are_those_of_each_document_in_float64(
     n_kv_heads, window, by_onednn, dtype, monkeypatch
 ):
-    monkeypatch.setattr(cpu_attention, "multiplied_by_onednn", lambda: by_onednn)
+    monkeypatch.setattr(cpu_attention, "multiplied_by_onednn", lambda dtype: by_onednn)
     generator = torch.Generator().manual_seed(0)
     rows = [[20, 280, 84], [384]]
     n_tokens, tolerance = sum(rows[0]), {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
