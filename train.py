@@ -5,12 +5,13 @@ from __future__ import annotations
 import atexit
 import gc
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftlab import ctrl_c
 from ftlab.distributed.started import group_of_this_process, leads
-from ftlab.errors import FtlabError, Interrupted
+from ftlab.errors import FtlabError
+from ftlab.exit_codes import exit_code_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -37,6 +38,7 @@ def main() -> int:
         try:
             hydra.main(version_base=VERSION_BASE, config_path="conf", config_name=PRIMARY)(run_job)()
         except SystemExit as end:
+            ctrl_c.heed()
             return int(end.code or 0)
     return 0
 
@@ -72,38 +74,22 @@ def run_job(cfg: DictConfig, *, own_process: bool | None = None) -> int:
     mask_files(folder / (runtime.output_subdir or ""))
     if sweeps:
         mask_files(Path(runtime.sweep.dir))  # the sweep's own multirun.yaml
-    try:
-        config = check_job(cfg)
-    except FtlabError as error:
-        exit_code = _told(error)
-        fail(folder, error)
-    else:
-        exit_code = exit_code_of(lambda: launch(config, own_process=own_process))
+
+    def check_and_launch() -> int:
+        try:
+            config = check_job(cfg)
+        except FtlabError as error:
+            fail(folder, error)
+            raise
+        return launch(config, own_process=own_process)
+
+    exit_code = exit_code_of(check_and_launch)
     return exit_code if sweeps else sys.exit(exit_code)
-
-
-def _told(error: FtlabError) -> int:
-    """Tell the user, in a log that others may read; returns the exit code."""
-    from ftlab.outputs.secrets import mask_secrets
-
-    print(mask_secrets(str(error)), file=sys.stderr)
-    return error.exit_code
-
-
-def exit_code_of(run: Callable[[], int]) -> int:
-    """The exit code of ``run``, with the user's own mistakes told in a line or two."""
-    try:
-        return run()
-    except FtlabError as error:
-        return _told(error)
-    except Interrupted as interrupt:
-        return 128 + interrupt.number
-    except KeyboardInterrupt:
-        return 130
 
 
 def start() -> int:
     """Run ``main``, or take part in what it does in the first of the processes that torchrun or Slurm started."""
+    ctrl_c.remember()
     group = group_of_this_process()
     if group is None or group.world_size == 1:
         return exit_code_of(main)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from ftlab.errors import FtlabError
+from ftlab import ctrl_c
+from ftlab.exit_codes import exit_code_of
 from ftlab.verbs import (
     check_data,
     diff,
@@ -62,16 +62,9 @@ VERBS: dict[str, Verb] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    ctrl_c.remember()
     arguments = _parser().parse_args(argv)
-    try:
-        return arguments.run_verb(arguments) or 0
-    except FtlabError as error:
-        from ftlab.outputs.secrets import mask_secrets
-
-        print(mask_secrets(str(error)), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return exit_code_of(lambda: arguments.run_verb(arguments) or 0)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ftlab import ctrl_c
 from ftlab.config.build import build
 from ftlab.distributed.base import Workers
 from ftlab.distributed.board import RankError
@@ -40,6 +41,7 @@ def launch(config: Config, *, own_process: bool) -> int:
         The exit code: 0 completed, 1 a bug or the machine, 2 bad input, 3 non-finite numbers; 130, 138, 143: stopped
         by SIGINT, SIGUSR1, SIGTERM.
     """
+    ctrl_c.heed()
     settings = build(config["parallelism"])
     group = group_of_this_process()
     if group is not None and group.world_size > 1 and not isinstance(settings, Workers):

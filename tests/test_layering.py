@@ -11,12 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up. A room is a module or a package directly under ftlab/.
 FLOORS = [
-    {"errors"},
+    {"errors", "ctrl_c"},
     {"storage"},
     {"outputs", "plots"},
+    {"exit_codes"},
     {"config", "data", "distributed", "losses", "loggers", "models", "optim"},
     {"training"},
     {"forecast", "session"},
+    {"remedies"},
     {"assembly"},
     {"run"},
     {"jobs"},

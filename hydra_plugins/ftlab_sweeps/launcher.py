@@ -22,6 +22,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from ftlab import ctrl_c
 from ftlab.distributed.started import group_of_this_process
 from ftlab.errors import ConfigError, FtlabError, Interrupted
 from ftlab.outputs.killed import Watch
@@ -106,6 +107,7 @@ class _Pool:
         with ending_on_signals():
             try:
                 while waiting or self._running:
+                    ctrl_c.heed()
                     while waiting and self._shares:
                         self._start(waiting.pop(0))
                     self._end_some()
@@ -167,6 +169,7 @@ def folder_of(config: DictConfig) -> Path:
 
 
 def _job(task: TaskFunction, config: DictConfig, share: int, n_shares: int, gpus: list[str]) -> None:
+    ctrl_c.remember()
     _follow_parent()
     if n_shares > 1:
         _keep_to_share(share, n_shares, gpus)

@@ -97,7 +97,11 @@ def interrupted(warm: Warm, place: Place) -> None:
         process = cold("train.py", "-m", *SMALL, f"seed={','.join(map(str, range(60)))}", cwd=place.folder)
         time.sleep(delay_s)
         os.killpg(process.pid, signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        try:
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         assert "Traceback" not in stderr, stderr
         # Before Python has begun to listen, the signal itself ends it.
         assert process.returncode in (130, -signal.SIGINT), (process.returncode, stderr)
