@@ -1,25 +1,20 @@
-"""What a configuration will take of memory, whether that is there, and the smallest change that makes it fit."""
+"""What a configuration will take of memory, what there is, and the largest batch that fits."""
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
 
 from ftlab.config.build import Config, build
-from ftlab.config.check import compose_config
 from ftlab.distributed.base import Workers
 from ftlab.distributed.fsdp import HSDP
-from ftlab.errors import ConfigError, NotEnoughMemoryError
+from ftlab.errors import ConfigError
 from ftlab.models.config import ModelConfig
 from ftlab.training.metrics import GIB, peak_memory_gib
 from ftlab.training.rehearse import Rehearsal, Shapes, rehearse
@@ -27,7 +22,7 @@ from ftlab.training.rehearse import Rehearsal, Shapes, rehearse
 log = logging.getLogger(__name__)
 
 CLEAR_EXCESS = 1.1  # refused above: what is live at once is known exactly, what else wants memory is not
-_FEW_BLOCKS, _MARGIN = (2, 4), 1.2  # how a deep model's memory is estimated, and what that may be wrong by
+_MANY_BLOCKS = 6  # from here on two small models are quicker to forecast
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -99,6 +94,33 @@ def forecast_or_none(config: Config, model: ModelConfig, setting: Setting) -> Re
         return None
 
 
+def forecast_up_to(limit: float, config: Config, model: ModelConfig, setting: Setting) -> Rehearsal | None:
+    """`forecast_or_none`, of a deep model only if it may fit into ``limit`` bytes: all its blocks take seconds.
+
+    Otherwise `least`.
+    """
+    if model.n_layers >= _MANY_BLOCKS:
+        found = least(config, model, setting)
+        if found is None or found.peak > limit:
+            return found
+    return forecast_or_none(config, model, setting)
+
+
+def least(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal | None:
+    """What a run takes at least, by what one block and two of its model show; most often it is what it takes.
+
+    With every further block each moment of the run takes as much more, and the most of all moments grows by no less.
+    """
+    if model.n_layers < _MANY_BLOCKS:
+        return forecast_or_none(config, model, setting)
+    one, two = (forecast_or_none(config, model.replace(n_layers=n), setting) for n in (1, 2))
+    if one is None or two is None:
+        return None
+    found = one.towards(two, model.n_layers - 1)
+    # The peak may be in another phase than that of one block, and on a CPU has holes between tensors, too.
+    return replace(found, peak=max(found.phases.values()))
+
+
 def with_batch_size(config: Config, model: ModelConfig | None, setting: Setting, available: int) -> Config:
     """``config``, its ``trainer.batch_size=auto`` made the largest that a forecast fits into ``available`` bytes.
 
@@ -123,14 +145,15 @@ def with_batch_size(config: Config, model: ModelConfig | None, setting: Setting,
     sizes = [size for size in range(1, share + 1) if share % size == 0]
 
     def with_size(size: int) -> Config:
-        return _with(config, trainer={"batch_size": size})
+        return with_values(config, trainer={"batch_size": size})
 
     def is_too_large(size: int) -> bool:
-        found = forecast_or_none(with_size(size), model, setting) if model is not None else None
+        limit = available / CLEAR_EXCESS
+        found = forecast_up_to(limit, with_size(size), model, setting) if model is not None else None
         if found is None:
             problem = "auto, but there is no forecast of this model's or optimizer's memory"
             raise ConfigError("trainer.batch_size", problem, "trainer.batch_size=1")
-        return found.peak * CLEAR_EXCESS > available
+        return found.peak > limit
 
     # The smallest is taken where none fits: what helps then is said where that is found out.
     return with_size(sizes[max(0, bisect_left(sizes, True, key=is_too_large) - 1)])
@@ -146,178 +169,9 @@ def available_bytes(device: torch.device, n_local_ranks: int) -> int:
     return free // n_local_ranks
 
 
-def refuse_unfit(
-    rehearsal: Rehearsal, available: int, config: Config, model: ModelConfig, setting: Setting, device: str
-) -> None:
-    """Refuse a run that clearly needs more than there is, before anything is loaded.
-
-    Raises:
-        NotEnoughMemoryError: with the GiB of every part, those available, and the smallest change that makes it fit.
-    """
-    needed = max(rehearsal.phases.values())
-    if needed <= CLEAR_EXCESS * available:
-        return
-    parts = {
-        "weights": rehearsal.weights,
-        "gradients": rehearsal.gradients,
-        "optimizer state": rehearsal.optimizer_state,
-    }
-    told = ", ".join(f"{name} {n_bytes / GIB:.1f}" for name, n_bytes in parts.items())
-    rest = (needed - sum(parts.values())) / GIB
-    told += f", activations and buffers {rest:.1f}" if rest > 0 else ""
-    change = smallest_change(rehearsal, config, model, setting, available)
-    raise NotEnoughMemoryError(
-        "memory",
-        f"each rank needs {needed / GIB:.1f} GiB ({told}), but {device} has {available / GIB:.1f} available",
-        " ".join(change.overrides) if change else "a smaller model or seq_len; nothing else makes it fit",
-    )
-
-
-# ------------------------------------------------------------------------------------------- what would fit
-
-
-@dataclass(frozen=True)
-class Change:
-    """Overrides that make a run smaller, and the configuration and ranks that they lead to."""
-
-    overrides: list[str]
-    config: Config
-    n_ranks: int
-
-
-def smallest_change(
-    rehearsal: Rehearsal, config: Config, model: ModelConfig, setting: Setting, available: int
-) -> Change | None:
-    """The first of `changes` under which the run fits into ``available`` bytes; None if none does.
-
-    Args:
-        rehearsal: of the run as it is, which does not fit.
-    """
-    said: list[str] = []
-    size = config["trainer"]["batch_size"]
-    if rehearsal.phases["evaluation"] > available and config["evaluation"]["batch_size"] > size:
-        said = [f"evaluation.batch_size={size}"]  # costs nothing but a little time, and nothing else helps there
-        config = _with(config, evaluation={"batch_size": size})
-    unchanged = [Change([], config, setting.n_ranks)] if said else []
-    for change in (*unchanged, *changes(config, setting)):
-        changed = replace(setting, n_ranks=change.n_ranks, n_local_ranks=min(change.n_ranks, 8))
-        if _clearly_unfit(change.config, model, changed, available):
-            continue
-        found = forecast_or_none(change.config, model, changed)
-        if found is not None and found.peak <= available:
-            return replace(change, overrides=[*said, *change.overrides])
-    return None
-
-
-def _clearly_unfit(config: Config, model: ModelConfig, setting: Setting, available: int) -> bool:
-    """Whether two small models of the same blocks show already that it needs too much: all blocks take seconds."""
-    few, more = _FEW_BLOCKS
-    if model.n_layers < 2 * more:
-        return False
-    found = [forecast_or_none(config, model.replace(n_layers=n), setting) for n in _FEW_BLOCKS]
-    if found[0] is None or found[1] is None:
-        return True
-    per_block = (found[1].peak - found[0].peak) / (more - few)
-    return found[0].peak + (model.n_layers - few) * per_block > _MARGIN * available
-
-
-def changes(config: Config, setting: Setting) -> Iterator[Change]:
-    """Ways to need less memory, those first that cost least: none of the first changes what is learnt.
-
-    Recomputation costs time; smaller micro-batches cost some of it too; more GPUs cost money; offload costs much time;
-    16-bit weights and a simpler optimizer change the result.
-    """
-    modes = ["none", "selective", "full", "offload"]
-    more_recomputed = modes[modes.index(config["parallelism"]["activation_checkpointing"]) + 1 :]
-    if not setting.on_cuda and "offload" in more_recomputed:
-        more_recomputed.remove("offload")  # there is nowhere to move to
-    sizes = list(_smaller_batches(config["trainer"], setting.n_ranks))
-    for mode in more_recomputed:
-        recomputed = _with(config, parallelism={"activation_checkpointing": mode})
-        yield Change([f"parallelism.activation_checkpointing={mode}"], recomputed, setting.n_ranks)
-    if config["trainer"]["max_grad_norm"] is None and _with_gradients_kept(config, setting.n_ranks):
-        within = _with(config, trainer={"optimizer_in_backward": True})
-        yield Change(["trainer.optimizer_in_backward=true"], within, setting.n_ranks)
-    for said, trainer in sizes:
-        yield Change(said, _with(config, trainer=trainer), setting.n_ranks)
-    least = _with(config, parallelism={"activation_checkpointing": "full"})
-    said = ["parallelism.activation_checkpointing=full"] if more_recomputed else []
-    for more, trainer in sizes:
-        yield Change([*said, *more], _with(least, trainer=trainer), setting.n_ranks)
-    if sizes:
-        least, said = _with(least, trainer=sizes[-1][1]), [*said, *sizes[-1][0]]
-    if setting.on_cuda:
-        yield from _over_more_ranks([([], config), (said, least)], setting.n_ranks)
-    for group, option in (
-        ("precision", "bf16_mixed"),
-        ("precision", "bf16"),
-        ("optimizer", "adamw_8bit"),
-        ("optimizer", "sgd"),
-    ):
-        if config[group] != _option(group, option):
-            said = [one for one in said if not one.startswith(f"{group}=")] + [f"{group}={option}"]
-            least = least | {group: _option(group, option)}
-            yield Change(list(said), least, setting.n_ranks)
-
-
-def _with_gradients_kept(config: Config, n_ranks: int) -> bool:
-    """Whether gradients are kept though nothing needs them together: then they need not be."""
-    trainer, alone = build(config["trainer"]), ("ftlab.distributed.single.Single", "ftlab.distributed.fsdp.FSDP")
-    return (
-        not trainer.optimizer_in_backward
-        and trainer.accumulation_steps(n_ranks) == 1
-        and config["parallelism"]["_target_"] in alone
-        and not config["parallelism"].get("cpu_offload")
-        and not config["precision"]["loss_scaling"]
-        and config["optimizer"]["_target_"] in ("torch.optim.AdamW", "torch.optim.SGD")
-        and trainer.max_skipped_steps == 0
-        and trainer.spike_sigma is None
-    )
-
-
-def _smaller_batches(trainer: Config, n_ranks: int) -> Iterator[tuple[list[str], Config]]:
-    """Halves of the micro-batch, with as many more of them to a step."""
-    size, times = trainer["batch_size"], build(trainer).accumulation_steps(n_ranks)
-    while size % 2 == 0:
-        size, times = size // 2, times * 2
-        said = [f"trainer.batch_size={size}"]
-        if trainer["global_batch_size"] is None:
-            yield (
-                [*said, f"trainer.gradient_accumulation_steps={times}"],
-                {
-                    "batch_size": size,
-                    "gradient_accumulation_steps": times,
-                },
-            )
-        else:
-            yield said, {"batch_size": size}
-
-
-def _over_more_ranks(variants: Sequence[tuple[list[str], Config]], n_ranks: int) -> Iterator[Change]:
-    """Each of ``variants`` (what was said, what it led to) sharded over more and more ranks; then offloaded."""
-    sharded = _option("parallelism", "fsdp")
-    for ranks in (2, 4, 8, 16, 32, 64):
-        where = {"nproc_per_node": min(ranks, 8), "nnodes": math.ceil(ranks / 8)}
-        over = [f"parallelism.{key}={value}" for key, value in where.items() if value > 1]
-        for said, config in variants if ranks >= n_ranks else ():
-            kept = {"activation_checkpointing": config["parallelism"]["activation_checkpointing"]}
-            yield Change(["parallelism=fsdp", *over, *said], config | {"parallelism": sharded | kept | where}, ranks)
-    for said, config in variants:
-        kept = {"activation_checkpointing": config["parallelism"]["activation_checkpointing"], "cpu_offload": True}
-        overrides = ["parallelism=fsdp", "parallelism.cpu_offload=true", *said]
-        yield Change(overrides, config | {"parallelism": sharded | kept}, n_ranks)
-
-
-@cache
-def _option(group: str, name: str) -> Config:
-    return compose_config([f"{group}={name}"])[group]
-
-
-def _with(config: Config, **groups: Config) -> Config:
-    changed = copy.copy(config)
-    for group, values in groups.items():
-        changed[group] = config[group] | values
-    return changed
+def with_values(config: Config, **groups: Config) -> Config:
+    """A copy of ``config`` in which some keys of some ``groups`` have other values."""
+    return config | {group: config[group] | values for group, values in groups.items()}
 
 
 # ------------------------------------------------------------------------------------------- what it really took

@@ -9,9 +9,10 @@ from ftlab.data.base import TrainingData
 from ftlab.data.stream import Stream
 from ftlab.distributed.env import WorkerEnv, describe_device
 from ftlab.distributed.meeting import Team
-from ftlab.forecast import Setting, available_bytes, forecast_or_none, refuse_unfit, with_batch_size
+from ftlab.forecast import CLEAR_EXCESS, Setting, available_bytes, forecast_up_to, with_batch_size
 from ftlab.models.auto import AnyModelConfig
 from ftlab.models.config import ModelConfig
+from ftlab.remedies import refuse_unfit
 from ftlab.training.rehearse import Rehearsal
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ def foretell_memory(config: Config, model: AnyModelConfig, data: TrainingData, w
     if not isinstance(model, ModelConfig):  # what transformers' models do with memory is not rehearsed
         return None
     setting = _setting(data, worker)
-    predicted = forecast_or_none(config, model, setting)
+    available = available_bytes(worker.device, worker.local_world_size)
+    predicted = forecast_up_to(CLEAR_EXCESS * available, config, model, setting)
     if predicted is not None:
-        available = available_bytes(worker.device, worker.local_world_size)
         refuse_unfit(predicted, available, config, model, setting, describe_device(worker.device))
     return predicted

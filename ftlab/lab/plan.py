@@ -16,10 +16,11 @@ from ftlab.data.stream import Stream
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.distributed.env import describe_device, pick_device
 from ftlab.errors import ConfigError
-from ftlab.forecast import Setting, available_bytes, forecast, n_workers, smallest_change, with_batch_size
+from ftlab.forecast import Setting, available_bytes, forecast, n_workers, with_batch_size
 from ftlab.models.config import ModelConfig
 from ftlab.models.layouts import described_sizes
 from ftlab.models.resize import fit_vocabulary
+from ftlab.remedies import smallest_change
 from ftlab.training.metrics import GIB, training_flops
 from ftlab.training.trainer_config import TrainerConfig
 

@@ -80,6 +80,20 @@ class Rehearsal:
     optimizer_state: int
     peak: int
 
+    def towards(self, other: Rehearsal, times: float) -> Rehearsal:
+        """So many ``times`` as far from this as ``other`` is, in every figure."""
+
+        def along(first: int, second: int) -> int:
+            return round(first + times * (second - first))
+
+        return Rehearsal(
+            phases={name: along(n_bytes, other.phases[name]) for name, n_bytes in self.phases.items()},
+            weights=along(self.weights, other.weights),
+            gradients=along(self.gradients, other.gradients),
+            optimizer_state=along(self.optimizer_state, other.optimizer_state),
+            peak=along(self.peak, other.peak),
+        )
+
 
 def rehearse(
     model_config: ModelConfig,
@@ -142,10 +156,11 @@ def rehearse(
             peak = max(live_peaks(live.phases, _PAGE)) + PROCESS_BYTES
         else:
             peak = heap_peak(live.phases) + PROCESS_BYTES
-        if on_cuda and getattr(strategy, "cpu_offload", False):  # then what is kept is kept on the host
-            peak -= weights + gradients.total + optimizer_state
+        offloads = on_cuda and getattr(strategy, "cpu_offload", False)
+        on_host = weights + gradients.total + optimizer_state if offloads else 0  # what is kept is kept there
+        peak -= on_host
     return Rehearsal(
-        phases=_by_part(live.phases, first_phase_of),
+        phases={name: max(0, live - on_host) for name, live in _by_part(live.phases, first_phase_of).items()},
         weights=weights,
         gradients=gradients.total,
         optimizer_state=optimizer_state,
@@ -282,5 +297,5 @@ def _group_of_its_own() -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        # Groups are known by numbers that begin anew: one that is collected later would take the run's own with it.
-        gc.collect()
+            # Groups are known by numbers that begin anew: one that is collected later would take the run's own with it.
+            gc.collect()

@@ -1,0 +1,203 @@
+"""A run that needs more memory than there is: refused, with the smallest change that makes it fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from ftlab.config.build import Config, build
+from ftlab.config.check import compose_config
+from ftlab.errors import NotEnoughMemoryError
+from ftlab.forecast import CLEAR_EXCESS, Setting, forecast_or_none, least, with_values
+from ftlab.models.config import ModelConfig
+from ftlab.training.metrics import GIB
+from ftlab.training.rehearse import Rehearsal
+
+
+def refuse_unfit(
+    rehearsal: Rehearsal, available: int, config: Config, model: ModelConfig, setting: Setting, device: str
+) -> None:
+    """Refuse a run that clearly needs more than there is, before anything is loaded.
+
+    Raises:
+        NotEnoughMemoryError: with the GiB of every part, those available, and the smallest change that makes it fit.
+    """
+    needed = max(rehearsal.phases.values())
+    if needed <= CLEAR_EXCESS * available:
+        return
+    parts = {
+        "weights": rehearsal.weights,
+        "gradients": rehearsal.gradients,
+        "optimizer state": rehearsal.optimizer_state,
+    }
+    told = ", ".join(f"{name} {n_bytes / GIB:.1f}" for name, n_bytes in parts.items())
+    rest = (needed - sum(parts.values())) / GIB
+    told += f", activations and buffers {rest:.1f}" if rest > 0 else ""
+    change = smallest_change(rehearsal, config, model, setting, available)
+    raise NotEnoughMemoryError(
+        "memory",
+        f"each rank needs {needed / GIB:.1f} GiB ({told}), but {device} has {available / GIB:.1f} available",
+        " ".join(change.overrides) if change else "a smaller model or seq_len; nothing else makes it fit",
+    )
+
+
+_KEEPING_BOTH = "selective", "full", "offload", "in backward"  # weights and optimizer state, as they are
+
+
+@dataclass(frozen=True)
+class Change:
+    """Overrides that make a run smaller, and the configuration and ranks that they lead to.
+
+    Attributes:
+        kind: changes of one kind differ only in their micro-batches and ranks.
+    """
+
+    kind: str
+    overrides: list[str]
+    config: Config
+    n_ranks: int
+
+
+def smallest_change(
+    rehearsal: Rehearsal, config: Config, model: ModelConfig, setting: Setting, available: int
+) -> Change | None:
+    """The first of `changes` under which the run fits into ``available`` bytes; None if none does.
+
+    Args:
+        rehearsal: of the run as it is, which does not fit.
+    """
+    said: list[str] = []
+    size = config["trainer"]["batch_size"]
+    if rehearsal.phases["evaluation"] > available and config["evaluation"]["batch_size"] > size:
+        said = [f"evaluation.batch_size={size}"]  # costs nothing but a little time, and nothing else helps there
+        config = with_values(config, evaluation={"batch_size": size})
+    unchanged = Change("unchanged", [], config, setting.n_ranks)
+    both = replace(rehearsal, gradients=0, phases={"later steps": rehearsal.weights + rehearsal.optimizer_state})
+    too_large = dict.fromkeys(_KEEPING_BOTH, (unchanged, both)) | {"unchanged": (unchanged, rehearsal)}
+    for change in (*([unchanged] if said else []), *changes(config, setting)):
+        if change.kind in too_large and _at_least(change, *too_large[change.kind]) > available:
+            continue
+        changed = replace(setting, n_ranks=change.n_ranks, n_local_ranks=min(change.n_ranks, 8))
+        without_validation = replace(changed, longest_validation=None)  # its own need is the whole forecast's to find
+        found = least(change.config, model, without_validation)
+        if found is not None and found.peak <= available:
+            found = forecast_or_none(change.config, model, changed)
+        if found is None:
+            continue
+        if found.peak <= available:
+            return replace(change, overrides=[*said, *change.overrides])
+        too_large[change.kind] = change, found
+    return None
+
+
+def _at_least(change: Change, other: Change, found: Rehearsal) -> float:
+    """Bytes that ``change`` cannot do without, by what was ``found`` for an ``other`` of its kind.
+
+    More ranks have smaller shares of what is kept, a smaller micro-batch has less of the rest.
+    """
+    kept = found.weights + found.gradients + found.optimizer_state
+    rest = found.phases["later steps"] - kept
+    rows, other_rows = (one.config["trainer"]["batch_size"] for one in (change, other))
+    return kept * other.n_ranks / change.n_ranks + rest * rows / other_rows
+
+
+def changes(config: Config, setting: Setting) -> Iterator[Change]:
+    """Ways to need less memory, those first that cost least: none of the first changes what is learnt.
+
+    Recomputation costs time; smaller micro-batches cost some of it too; more GPUs cost money; offload costs much time;
+    16-bit weights and a simpler optimizer change the result.
+    """
+    modes = ["none", "selective", "full", "offload"]
+    more_recomputed = modes[modes.index(config["parallelism"]["activation_checkpointing"]) + 1 :]
+    if not setting.on_cuda and "offload" in more_recomputed:
+        more_recomputed.remove("offload")  # there is nowhere to move to
+    sizes = list(_smaller_batches(config["trainer"], setting.n_ranks))
+    for mode in more_recomputed:
+        recomputed = with_values(config, parallelism={"activation_checkpointing": mode})
+        yield Change(mode, [f"parallelism.activation_checkpointing={mode}"], recomputed, setting.n_ranks)
+    if config["trainer"]["max_grad_norm"] is None and _with_gradients_kept(config, setting.n_ranks):
+        within = with_values(config, trainer={"optimizer_in_backward": True})
+        yield Change("in backward", ["trainer.optimizer_in_backward=true"], within, setting.n_ranks)
+    for said, trainer in sizes:
+        yield Change("unchanged", said, with_values(config, trainer=trainer), setting.n_ranks)
+    least = with_values(config, parallelism={"activation_checkpointing": "full"})
+    said = ["parallelism.activation_checkpointing=full"] if more_recomputed else []
+    for more, trainer in sizes:
+        yield Change("full", [*said, *more], with_values(least, trainer=trainer), setting.n_ranks)
+    if sizes:
+        least, said = with_values(least, trainer=sizes[-1][1]), [*said, *sizes[-1][0]]
+    if setting.on_cuda:
+        yield from _over_more_ranks([([], config), (said, least)], setting.n_ranks)
+    for group, option in (
+        ("precision", "bf16_mixed"),
+        ("precision", "bf16"),
+        ("optimizer", "adamw_8bit"),
+        ("optimizer", "sgd"),
+    ):
+        values = _option(group, option)
+        if config[group] != values:
+            said = [one for one in said if not one.startswith(f"{group}=")] + [f"{group}={option}"]
+            least = least | {group: values}
+            yield Change(" ".join(said), said, least, setting.n_ranks)
+
+
+def _with_gradients_kept(config: Config, n_ranks: int) -> bool:
+    """Whether gradients are kept though nothing needs them together: then they need not be."""
+    trainer, alone = build(config["trainer"]), ("ftlab.distributed.single.Single", "ftlab.distributed.fsdp.FSDP")
+    return (
+        not trainer.optimizer_in_backward
+        and trainer.accumulation_steps(n_ranks) == 1
+        and config["parallelism"]["_target_"] in alone
+        and not config["parallelism"].get("cpu_offload")
+        and not config["precision"]["loss_scaling"]
+        and config["optimizer"]["_target_"] in ("torch.optim.AdamW", "torch.optim.SGD")
+        and trainer.max_skipped_steps == 0
+        and trainer.spike_sigma is None
+    )
+
+
+def _smaller_batches(trainer: Config, n_ranks: int) -> Iterator[tuple[list[str], Config]]:
+    """Halves of the micro-batch, with as many more of them to a step."""
+    size, times = trainer["batch_size"], build(trainer).accumulation_steps(n_ranks)
+    while size % 2 == 0:
+        size, times = size // 2, times * 2
+        said = [f"trainer.batch_size={size}"]
+        if trainer["global_batch_size"] is None:
+            yield (
+                [*said, f"trainer.gradient_accumulation_steps={times}"],
+                {
+                    "batch_size": size,
+                    "gradient_accumulation_steps": times,
+                },
+            )
+        else:
+            yield said, {"batch_size": size}
+
+
+def _over_more_ranks(variants: Sequence[tuple[list[str], Config]], n_ranks: int) -> Iterator[Change]:
+    """Each of ``variants`` (what was said, what it led to) sharded over more and more ranks; then offloaded."""
+    sharded = _option("parallelism", "fsdp")
+    for ranks in (2, 4, 8, 16, 32, 64):
+        where = {"nproc_per_node": min(ranks, 8), "nnodes": math.ceil(ranks / 8)}
+        over = [f"parallelism.{key}={value}" for key, value in where.items() if value > 1]
+        for said, config in variants if ranks >= n_ranks else ():
+            kept = {"activation_checkpointing": config["parallelism"]["activation_checkpointing"]}
+            overrides = ["parallelism=fsdp", *over, *said]
+            yield Change(f"fsdp {said}", overrides, config | {"parallelism": sharded | kept | where}, ranks)
+    for said, config in variants:
+        kept = {"activation_checkpointing": config["parallelism"]["activation_checkpointing"], "cpu_offload": True}
+        overrides = ["parallelism=fsdp", "parallelism.cpu_offload=true", *said]
+        yield Change(f"offloaded {said}", overrides, config | {"parallelism": sharded | kept}, n_ranks)
+
+
+def _option(group: str, name: str) -> Config:
+    return next(config[group] for chosen, config in _composed() if f"{group}={name}" in chosen)
+
+
+@cache
+def _composed() -> list[tuple[tuple[str, ...], Config]]:
+    """All options that changes choose, in as few configurations as hold them: composing takes half a second."""
+    together = ("parallelism=fsdp", "precision=bf16", "optimizer=adamw_8bit"), ("precision=bf16_mixed", "optimizer=sgd")
+    return [(chosen, compose_config(chosen)) for chosen in together]
