@@ -84,10 +84,16 @@ def table(rows: list[str]) -> str:
 
 
 def write(path: Path, figure: Figure) -> None:
-    """Put a figure into the table of ``path``, in place of an earlier one of its name; several processes may."""
+    """Put a figure into the table of ``path``, in place of an earlier one of its name; several processes may.
+
+    A file without one gets one at its end.
+    """
+    path.touch()
     with path.open("r+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         text = file.read()
+        if _COLUMNS not in text:
+            text += table([])
         begin = text.index(_COLUMNS)
         old = text[begin:].split("\n\n")[0].strip().splitlines()
         rows = {_name(row): row for row in old[2:]} | {figure.name: figure.row}

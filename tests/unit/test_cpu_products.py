@@ -71,6 +71,17 @@ def test_a_library_that_rounds_is_not_chosen(rounds, monkeypatch):
     assert torch.get_float32_matmul_precision() == ("highest" if rounds else "medium")
 
 
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def test_rounding_to_bfloat16_or_tf32_is_seen():
+    assert cpu_products._is_float32()
+    assert not cpu_products._is_float32(lambda a, b: a.bfloat16().float() @ b.bfloat16().float())
+    assert not cpu_products._is_float32(lambda a, b: tf32(a) @ tf32(b))
+    assert not cpu_products._is_float32(lambda a, b: (a @ b).bfloat16().float())
+
+
 @pytest.mark.parametrize("supported", [True, False])
 def test_16_bits_are_widened_where_the_cpu_cannot_multiply_them(supported, monkeypatch):
     asked = []
