@@ -10,7 +10,6 @@ from typing import Any
 
 from ftlab.loggers.base import Logger, RunInfo
 from ftlab.outputs.folder import RunFolder, Status
-from ftlab.plots import draw_plots
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,10 @@ class Recorder:
         """
         self.folder.finish(status, error=error, metrics=self.latest, **fields)
         if self._started and self._loggers:
-            self.artifacts += [] if hurry else draw_plots(self.folder.path)
+            if not hurry:
+                from ftlab.plots import draw_plots  # with matplotlib: a sixth of what a start would load
+
+                self.artifacts += draw_plots(self.folder.path)
             for logger in self._loggers:
                 logger.finish(status, self.latest, self.artifacts)
 

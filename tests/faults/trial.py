@@ -30,8 +30,8 @@ import ftlab.assembly.run
 import ftlab.data.tiny
 import ftlab.distributed.ddp
 import ftlab.distributed.fsdp
-import ftlab.loggers.recorder
 import ftlab.outputs.folder
+import ftlab.plots
 import ftlab.run
 from ftlab.distributed.env import WorkerEnv
 from ftlab.losses import Loss
@@ -196,7 +196,7 @@ class Rank:
         _put(loop, "evaluate_if_due", watched_evaluation)
         _put(disk, "observer", self.note)
         # Slow, and nothing that a kill could harm.
-        _put(ftlab.loggers.recorder, "draw_plots", lambda folder: [])
+        _put(ftlab.plots, "draw_plots", lambda folder: [])
         _put(ftlab.outputs.folder, "code_state", lambda: {"commit": None, "dirty": None})
         _put(ftlab.assembly.run, "peak_flops", lambda *_: 1e12)
 
