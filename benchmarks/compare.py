@@ -36,6 +36,7 @@ from ftlab.config.build import build
 from ftlab.config.check import compose_config
 from ftlab.data.samples import Samples
 from ftlab.distributed.env import describe_device, peak_flops
+from ftlab.models.cpu_products import multiplied_by_onednn
 
 HERE = Path(__file__).parent
 OURS = ("GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")  # importing ftlab sets them, unless they are set; not for its peers
@@ -51,6 +52,7 @@ MIXED = ["precision=bf16_mixed", "loss=chunked_cross_entropy"]
 # name: (module, packages, what is special)
 CONTESTANTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "Trainer fp32": ("trainer", None, {}),
+    "Trainer fp32 compile": ("trainer", None, {"compile": True}),
     "Trainer bf16": ("trainer", None, {"bf16": True}),
     "Trainer bf16 grouped": ("trainer", None, {"bf16": True, "grouped": True}),
     "Trainer bf16 compile": ("trainer", None, {"bf16": True, "compile": True}),
@@ -61,6 +63,11 @@ CONTESTANTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "torchtune bf16 packed": ("tune", "torchtune", {"weights": "bf16", "packing": True}),
     "ftlab fp32 padded": ("ours", None, {"more": []}),
     "ftlab fp32 packed": ("ours", None, {"more": [*PACKED, "loss=chunked_cross_entropy"], "packing": True}),
+    "ftlab fp32 packed compile": (
+        "ours",
+        None,
+        {"more": [*PACKED, "loss=chunked_cross_entropy", "compile=true"], "packing": True},
+    ),
     "ftlab bf16_mixed packed": ("ours", None, {"more": [*PACKED, *MIXED], "packing": True}),
     "ftlab bf16 packed": ("ours", None, {"more": [*PACKED, *BF16], "packing": True}),
     "ftlab bf16_mixed packed compile": ("ours", None, {"more": [*PACKED, *MIXED, "compile=true"], "packing": True}),
@@ -127,6 +134,15 @@ class Contestant:
         return found
 
 
+def chosen(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Names of those that compete, and of those left out though they were asked for."""
+    names = [n for n in CONTESTANTS if not arguments.only or any(part in n for part in arguments.only)]
+    # torch alone then computes a gradient's products a hundred times slower than float32's: minutes for one step.
+    hopeless = not arguments.slow and not multiplied_by_onednn(torch.bfloat16)
+    left_out = [n for n in names if hopeless and "bf16" in n and not n.startswith("ftlab")]
+    return [n for n in names if n not in left_out], left_out
+
+
 def environment(name: str, cache: Path) -> Path:
     """The folder with a peer's packages, installed at the first use; their dependencies are those of ``dev``."""
     folder = cache / "-".join(PEERS[name]).replace("==", "_")
@@ -186,7 +202,7 @@ def prepare(rows: Path, tokenizer: Path, folder: Path, batch_size: int) -> dict[
     }
 
 
-def write(name: str, contestants: list[Contestant], arguments: argparse.Namespace) -> None:
+def write(name: str, contestants: list[Contestant], left_out: list[str], arguments: argparse.Namespace) -> None:
     """Table, numbers and picture."""
     import matplotlib
     import transformers
@@ -219,6 +235,9 @@ def write(name: str, contestants: list[Contestant], arguments: argparse.Namespac
         f"| {one.loss_before:.4f} | {one.loss_after:.4f} |"
         for one in contestants
     ]
+    if left_out:
+        why = "this CPU has no instructions for bfloat16, and torch's own loops take minutes a step"
+        lines += ["", f"Left out: {', '.join(left_out)}; {why}."]
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
@@ -250,8 +269,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="rows; packed layouts take half (default 8)")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/ftlab/benchmarks").expanduser())
     parser.add_argument("--name", default="cpu_peers", help="of the results (default cpu_peers)")
+    parser.add_argument("--slow", action="store_true", help="peers in bfloat16 even where the CPU cannot multiply it")
     arguments = parser.parse_args()
-    names = [n for n in CONTESTANTS if not arguments.only or any(part in n for part in arguments.only)]
+    names, left_out = chosen(arguments)
     with tempfile.TemporaryDirectory() as folder:
         shared = prepare(arguments.rows.resolve(), arguments.tokenizer.resolve(), Path(folder), arguments.batch_size)
         contestants = []
@@ -268,7 +288,7 @@ def main() -> None:
     before = [one.loss_before for one in contestants]
     if max(before) - min(before) > 0.02:
         raise SystemExit(f"the contestants do not begin with the same loss: {before}")
-    write(arguments.name, contestants, arguments)
+    write(arguments.name, contestants, left_out, arguments)
 
 
 if __name__ == "__main__":
