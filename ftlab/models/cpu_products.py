@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import Library, get_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _float32_by_onednn = False
 _widened: dict[torch.dtype, Library] = {}  # kernels stay replaced as long as what registered them lives
@@ -37,9 +38,14 @@ def speed_up_products(dtype: torch.dtype) -> None:
         _float32_by_onednn = _is_float32()
         if not _float32_by_onednn:
             torch.set_float32_matmul_precision("highest")
-    if dtype.itemsize == 2 and dtype not in _widened and not multiplied_by_onednn(dtype):
+    if dtype not in _widened and is_widened(dtype):
         _widened[dtype] = Library("aten", "IMPL")
         widen_products(_widened[dtype], dtype)
+
+
+def is_widened(dtype: torch.dtype) -> bool:
+    """Whether matrices of ``dtype`` are multiplied in float32 on this CPU, because it has no other way."""
+    return dtype.itemsize == 2 and not multiplied_by_onednn(dtype)
 
 
 def multiplied_by_onednn(dtype: torch.dtype) -> bool:
@@ -82,6 +88,24 @@ def _widening(name: str, dtype: torch.dtype, narrow: Callable[..., Tensor]) -> C
         return product.to(dtype) if out is None else out.resize_(product.shape).copy_(product)
 
     return multiply
+
+
+class WidenedProducts(TorchDispatchMode):
+    """The same where tensors have shapes and no data, which no kernel sees: the copies in float32 take memory."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        names = [name for name in _OPERATORS if not name.endswith(".out")]
+        self._kernels = {
+            operator: _widening(name, dtype, lambda _, *tensors, do=operator, **scales: do(*tensors, **scales))
+            for name in names
+            for operator in [getattr(torch.ops.aten, name).default]
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (kernel := self._kernels.get(func)) is not None:
+            return kernel(None, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _is_amd() -> bool:

@@ -28,6 +28,7 @@ from ftlab.distributed.fsdp import Shards
 from ftlab.distributed.precision import Precision
 from ftlab.losses import Loss
 from ftlab.models.config import ModelConfig
+from ftlab.models.cpu_products import WidenedProducts, is_widened
 from ftlab.models.layers import KVCache
 from ftlab.models.live_bytes import LiveBytes, Phase, cuda_peak, heap_peak, live_peaks
 from ftlab.models.transformer import Transformer
@@ -131,6 +132,8 @@ def rehearse(
         without_data(model)
         parallel.place(model)
         stack.enter_context(live)
+        if not on_cuda and is_widened(precision.compute):
+            stack.enter_context(WidenedProducts(precision.compute))
         live.enter("load")
         live.hold([*model.parameters(), *model.buffers()])
         if model_config.checkpoint is not None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ftlab.models import cpu_products
+from ftlab.models.live_bytes import LiveBytes, live_peaks
 
 
 @pytest.fixture
@@ -145,3 +146,19 @@ def test_mixed_dtypes_are_refused_as_before(widened):
         torch.mm(torch.ones(64, 64), torch.ones(64, 64, dtype=dtype))
     with pytest.raises(RuntimeError, match="dtype"):
         torch.mm(*2 * [torch.ones(64, 64, dtype=dtype)], out=torch.empty(64, 64))
+
+
+def test_without_data_they_take_the_memory_that_they_take(widened):
+    dtype, _ = widened
+    a, b, c, few = (torch.ones(s, dtype=dtype) for s in ((64, 128), (128, 32), (64, 1), (8, 128)))
+    live = LiveBytes()
+    with live, cpu_products.WidenedProducts(dtype):
+        live.enter("few")
+        few @ b
+        live.enter("many")
+        product = torch.addmm(c, a, b)
+    assert product.dtype == dtype
+    assert torch.equal(product, torch.full((64, 32), 129.0, dtype=dtype))
+    few_bytes, many_bytes = live_peaks(live.phases)
+    assert few_bytes == 2 * 8 * 32
+    assert many_bytes == 4 * (64 + 64 * 128 + 128 * 32 + 64 * 32), "all that is multiplied, added and found, in float32"
