@@ -125,6 +125,7 @@ NARROW = ("model.dim=256", "model.n_layers=6", "model.n_heads=4", "model.ffn_hid
 CONFIGURATIONS = {
     "adamw, fp32": (*WIDE, "tokenizer=byte", "trainer.batch_size=4"),
     "sgd, bf16_mixed": (*WIDE, "tokenizer=byte", "trainer.batch_size=4", "optimizer=sgd", "precision=bf16_mixed"),
+    "adamw, bf16": (*WIDE, "tokenizer=byte", "trainer.batch_size=4", "precision=bf16"),
     "full recomputation": (
         *("model.dim=768", "model.n_layers=8", "model.n_heads=12", "model.ffn_hidden_dim=2048", "tokenizer=byte"),
         *("trainer.batch_size=4", "parallelism.activation_checkpointing=full"),
