@@ -95,12 +95,12 @@ def smallest_change(
 def _at_least(change: Change, other: Change, found: Rehearsal) -> float:
     """Bytes that ``change`` cannot do without, by what was ``found`` for an ``other`` of its kind.
 
-    More ranks have smaller shares of what is kept, a smaller micro-batch has less of the rest.
+    A smaller micro-batch has less of what is not kept, and more ranks have smaller shares of everything at best.
     """
     kept = found.weights + found.gradients + found.optimizer_state
     rest = found.phases["later steps"] - kept
     rows, other_rows = (one.config["trainer"]["batch_size"] for one in (change, other))
-    return kept * other.n_ranks / change.n_ranks + rest * rows / other_rows
+    return (kept + rest * rows / other_rows) * other.n_ranks / change.n_ranks
 
 
 def changes(config: Config, setting: Setting) -> Iterator[Change]:

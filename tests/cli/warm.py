@@ -67,7 +67,7 @@ class Warm:
         *arguments: str,
         cwd: Path,
         env: Mapping[str, str | None] | None = None,
-        timeout_s: float = 60,
+        timeout_s: float = 180,
         starts: bool = True,
     ) -> Said:
         """Run ``arguments``: ``train.py`` and what follows, or ``ftlab`` and a verb.

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_script(*arguments: str, cwd: Path, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *flags, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=180)
 
 
 def test_a_wrong_value_exits_2_before_torch_is_imported_with_assertions_stripped_too(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class RanksFailed(AssertionError):  # noqa: N818 -- what pytest shows first
     """Some rank raised, died or was too slow; the message has every traceback there is."""
 
 
-def run_ranks(n: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(n: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 180.0) -> list[Any]:
     """``function(worker, *arguments)`` on ``n`` CPU ranks at once; what each returned, in rank order.
 
     ``function`` is one of a module's top level. None of the processes outlives the call.

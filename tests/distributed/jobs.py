@@ -111,7 +111,7 @@ class Job:
         self.look()
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def wait(self, timeout_s: float = 60) -> int:
+    def wait(self, timeout_s: float = 240) -> int:
         """The exit code, and ``stdout`` and ``stderr`` of the ended job."""
         self.look()
         try:

@@ -131,7 +131,7 @@ def check_arrival(folder: Folder, arrived: list[int], outage: str, moment: str) 
         }
         for path in kept:
             command = [sys.executable, "-m", "wandb", "sync", "--no-skip-online", str(path)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
             assert done.returncode == 0, done.stderr
         synced = server.rows.get(folder.record()["id"], [])
     if moment == "start":
