@@ -41,8 +41,9 @@ from ftlab.models.cpu_products import multiplied_by_onednn
 HERE = Path(__file__).parent
 OURS = ("GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")  # importing ftlab sets them, unless they are set; not for its peers
 PEERS = {
+    "trainer": ["accelerate==1.15.0"],
     "torchtune": ["torchtune==0.6.1", "torchao==0.13.0", "torchdata==0.11.0"],
-    "trl": ["trl==1.16.0"],
+    "trl": ["trl==1.16.0", "accelerate==1.15.0"],
 }
 SEQ_LEN, LR = 512, 1e-4
 PACKED = ["dataset.packing=best_fit"]
@@ -51,11 +52,11 @@ MIXED = ["precision=bf16_mixed", "loss=chunked_cross_entropy"]
 
 # name: (module, packages, what is special)
 CONTESTANTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
-    "Trainer fp32": ("trainer", None, {}),
-    "Trainer fp32 compile": ("trainer", None, {"compile": True}),
-    "Trainer bf16": ("trainer", None, {"bf16": True}),
-    "Trainer bf16 grouped": ("trainer", None, {"bf16": True, "grouped": True}),
-    "Trainer bf16 compile": ("trainer", None, {"bf16": True, "compile": True}),
+    "Trainer fp32": ("trainer", "trainer", {}),
+    "Trainer fp32 compile": ("trainer", "trainer", {"compile": True}),
+    "Trainer bf16": ("trainer", "trainer", {"bf16": True}),
+    "Trainer bf16 grouped": ("trainer", "trainer", {"bf16": True, "grouped": True}),
+    "Trainer bf16 compile": ("trainer", "trainer", {"bf16": True, "compile": True}),
     "TRL bf16 packed": ("trainer", "trl", {"bf16": True, "packing": True}),
     "torchtune fp32": ("tune", "torchtune", {}),
     "torchtune bf16": ("tune", "torchtune", {"weights": "bf16"}),
@@ -216,7 +217,7 @@ def write(name: str, contestants: list[Contestant], left_out: list[str], argumen
         f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, {describe_device(cpu)}, matmul "
         f"{peaks[torch.float32]:.0f} GFLOP/s float32 and {peaks[torch.bfloat16]:.0f} bfloat16 at the end; Python "
         f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        + ", ".join(package.replace("==", " ") for packages in PEERS.values() for package in packages)
+        + ", ".join(sorted({package.replace("==", " ") for packages in PEERS.values() for package in packages}))
     )
     lines = [
         f"# Real tokens/s, Llama of 20 M parameters (dim 256, 4 blocks, vocabulary 32,000), {arguments.rows.name}",
