@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 
 from ftlab.config.build import Config, build
 from ftlab.distributed.base import Workers
-from ftlab.distributed.fsdp import HSDP
+from ftlab.distributed.fsdp import FSDP, HSDP
 from ftlab.errors import ConfigError
 from ftlab.models.config import ModelConfig
 from ftlab.training.metrics import GIB, peak_memory_gib
@@ -22,7 +24,6 @@ from ftlab.training.rehearse import Rehearsal, Shapes, rehearse
 log = logging.getLogger(__name__)
 
 CLEAR_EXCESS = 1.1  # refused above: what is live at once is known exactly, what else wants memory is not
-_MANY_BLOCKS = 6  # from here on two small models are quicker to forecast
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -53,6 +54,68 @@ class Setting:
 
 def forecast(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal:
     """The memory of one rank of the run that ``config`` describes."""
+    if setting.on_cuda and _is_deep(config, model):
+        return _by_few_blocks(config, model, setting)
+    return _rehearsed(config, model, setting)
+
+
+def forecast_or_none(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal | None:
+    """`forecast`, for a run that goes on without one: not every optimizer can work on tensors without data."""
+    return _or_none(lambda: forecast(config, model, setting))
+
+
+def forecast_up_to(
+    limit: float, config: Config, model: ModelConfig, setting: Setting, *, just_whether: bool = False
+) -> Rehearsal | None:
+    """`forecast_or_none`, on a CPU without the holes of the heap where what is live is above ``limit`` bytes already.
+
+    What is live is told by few blocks; the heap of a deep model takes the seconds that all its blocks take.
+
+    Args:
+        just_whether: a peak above ``limit`` may be that of a model with fewer blocks.
+    """
+    if _is_deep(config, model):
+        found = _or_none(lambda: _by_few_blocks(config, model, setting, limit if just_whether else math.inf))
+        if found is None or found.peak > limit or setting.on_cuda:
+            return found
+    return forecast_or_none(config, model, setting)
+
+
+def _or_none(made: Callable[[], Rehearsal]) -> Rehearsal | None:
+    try:
+        return made()
+    except ConfigError:
+        raise
+    except Exception as error:
+        log.debug("no forecast of memory: %s", error, exc_info=True)
+        return None
+
+
+def _is_deep(config: Config, model: ModelConfig) -> bool:
+    """Whether few blocks are quicker to rehearse than all."""
+    return model.n_layers >= 6 * _first_even(config)
+
+
+def _first_even(config: Config) -> int:
+    """Blocks from which on each further one adds as much: of sharded ones, some are gathered while others work."""
+    return 3 if isinstance(build(config["parallelism"]), FSDP) else 1
+
+
+def _by_few_blocks(config: Config, model: ModelConfig, setting: Setting, limit: float = math.inf) -> Rehearsal:
+    """What is live at once in a deep model: in each stretch of a run every block adds as much.
+
+    Args:
+        limit: bytes; if fewest blocks are above it, they are the answer.
+    """
+    n = _first_even(config)
+    fewest = _rehearsed(config, model.replace(n_layers=n), setting)
+    if max(fewest.phases.values()) > limit:
+        return fewest
+    found = fewest.towards(_rehearsed(config, model.replace(n_layers=n + 1), setting), model.n_layers - n)
+    return replace(found, peak=max(found.phases.values()))
+
+
+def _rehearsed(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal:
     trainer, evaluation = build(config["trainer"]), build(config["evaluation"])
     validation = setting.longest_validation
     share, validation_share = setting.share(setting.rows), setting.share(setting.validation_rows)
@@ -81,44 +144,6 @@ def forecast(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal:
         ),
         on_cuda=setting.on_cuda,
     )
-
-
-def forecast_or_none(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal | None:
-    """`forecast`, for a run that goes on without one: not every optimizer can work on tensors without data."""
-    try:
-        return forecast(config, model, setting)
-    except ConfigError:
-        raise
-    except Exception as error:
-        log.debug("no forecast of memory: %s", error, exc_info=True)
-        return None
-
-
-def forecast_up_to(limit: float, config: Config, model: ModelConfig, setting: Setting) -> Rehearsal | None:
-    """`forecast_or_none`, of a deep model only if it may fit into ``limit`` bytes: all its blocks take seconds.
-
-    Otherwise `least`.
-    """
-    if model.n_layers >= _MANY_BLOCKS:
-        found = least(config, model, setting)
-        if found is None or found.peak > limit:
-            return found
-    return forecast_or_none(config, model, setting)
-
-
-def least(config: Config, model: ModelConfig, setting: Setting) -> Rehearsal | None:
-    """What a run takes at least, by what one block and two of its model show; most often it is what it takes.
-
-    With every further block each moment of the run takes as much more, and the most of all moments grows by no less.
-    """
-    if model.n_layers < _MANY_BLOCKS:
-        return forecast_or_none(config, model, setting)
-    one, two = (forecast_or_none(config, model.replace(n_layers=n), setting) for n in (1, 2))
-    if one is None or two is None:
-        return None
-    found = one.towards(two, model.n_layers - 1)
-    # The peak may be in another phase than that of one block, and on a CPU has holes between tensors, too.
-    return replace(found, peak=max(found.phases.values()))
 
 
 def with_batch_size(config: Config, model: ModelConfig | None, setting: Setting, available: int) -> Config:

@@ -10,7 +10,7 @@ from functools import cache
 from ftlab.config.build import Config, build
 from ftlab.config.check import compose_config
 from ftlab.errors import NotEnoughMemoryError
-from ftlab.forecast import CLEAR_EXCESS, Setting, forecast_or_none, least, with_values
+from ftlab.forecast import CLEAR_EXCESS, Setting, forecast_up_to, with_values
 from ftlab.models.config import ModelConfig
 from ftlab.training.metrics import GIB
 from ftlab.training.rehearse import Rehearsal
@@ -74,16 +74,13 @@ def smallest_change(
         said = [f"evaluation.batch_size={size}"]  # costs nothing but a little time, and nothing else helps there
         config = with_values(config, evaluation={"batch_size": size})
     unchanged = Change("unchanged", [], config, setting.n_ranks)
-    both = replace(rehearsal, gradients=0, phases={"later steps": rehearsal.weights + rehearsal.optimizer_state})
+    both = replace(rehearsal, gradients=0, stretches=(("later steps", rehearsal.weights + rehearsal.optimizer_state),))
     too_large = dict.fromkeys(_KEEPING_BOTH, (unchanged, both)) | {"unchanged": (unchanged, rehearsal)}
     for change in (*([unchanged] if said else []), *changes(config, setting)):
         if change.kind in too_large and _at_least(change, *too_large[change.kind]) > available:
             continue
         changed = replace(setting, n_ranks=change.n_ranks, n_local_ranks=min(change.n_ranks, 8))
-        without_validation = replace(changed, longest_validation=None)  # its own need is the whole forecast's to find
-        found = least(change.config, model, without_validation)
-        if found is not None and found.peak <= available:
-            found = forecast_or_none(change.config, model, changed)
+        found = forecast_up_to(available, change.config, model, changed, just_whether=True)
         if found is None:
             continue
         if found.peak <= available:

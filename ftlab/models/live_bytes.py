@@ -10,6 +10,7 @@ import weakref
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from contextlib import ExitStack
+from itertools import groupby
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -118,9 +119,9 @@ def live_peaks(phases: Iterable[Phase], block: int = 1) -> list[int]:
     return peaks
 
 
-def cuda_peak(phases: Iterable[Phase]) -> int:
-    """Most bytes that torch's CUDA allocator gives out at once (``torch.cuda.max_memory_allocated``)."""
-    return max(live_peaks(phases, _CUDA_BLOCK))
+def cuda_peaks(phases: Iterable[Phase]) -> list[int]:
+    """Most bytes that torch's CUDA allocator gives out in each phase (``torch.cuda.max_memory_allocated``)."""
+    return live_peaks(phases, _CUDA_BLOCK)
 
 
 def heap_peak(phases: list[Phase]) -> int:
@@ -139,6 +140,10 @@ def heap_peak(phases: list[Phase]) -> int:
 
 def _heap_top(phases: list[Phase], *, slivers_of_backward_free: bool) -> int:
     heap = _Heap()
+    phases = [
+        Phase(name, [event for phase in stretch for event in phase.events])
+        for name, stretch in groupby(phases, key=lambda phase: phase.name)
+    ]
     held: list[tuple[float, tuple[int, int]]] = []  # slivers in use, and how far into the forward they were made
     for phase in phases:
         n = len(phase.events)

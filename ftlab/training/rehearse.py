@@ -7,16 +7,15 @@ changed there is in the figures by itself; only what needs numbers has a stand-i
 from __future__ import annotations
 
 import gc
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from ftlab.data.batch import Batch
@@ -30,13 +29,13 @@ from ftlab.losses import Loss
 from ftlab.models.config import ModelConfig
 from ftlab.models.cpu_products import WidenedProducts, is_widened
 from ftlab.models.layers import KVCache
-from ftlab.models.live_bytes import LiveBytes, Phase, cuda_peak, heap_peak, live_peaks
+from ftlab.models.live_bytes import LiveBytes, Phase, cuda_peaks, heap_peak, live_peaks
 from ftlab.models.transformer import Transformer
 from ftlab.optim.groups import decay_groups
 from ftlab.training.generate import _last_logits
 from ftlab.training.loop import train_step
 from ftlab.training.run import Run
-from ftlab.training.stand_ins import AnyNumber, BlindGuard, BlindInBackward, Buckets, local_rows, without_data
+from ftlab.training.stand_ins import BlindGuard, BlindInBackward, Buckets, WithoutData, local_rows, without_data
 from ftlab.training.state import TrainState
 from ftlab.training.trainer_config import TrainerConfig
 
@@ -68,18 +67,29 @@ class Rehearsal:
     """Bytes on one rank.
 
     Attributes:
-        phases: most that is live at once in each: load, forward and backward, first optimizer step, later steps,
-            evaluation, save.
+        stretches: of the run in their order, and the most that is live at once in each: (phase, bytes). What is kept
+            on the host, where that is not the device, is taken off.
         weights, gradients, optimizer_state: what is kept from step to step, or within one.
         peak: of the whole run as it is measured: what torch's allocator gave out on CUDA, the growth of the resident
             set on a CPU.
     """
 
-    phases: dict[str, int]
+    stretches: tuple[tuple[str, int], ...]
     weights: int
     gradients: int
     optimizer_state: int
     peak: int
+
+    @cached_property
+    def phases(self) -> dict[str, int]:
+        """Most that is live at once in each phase of a run.
+
+        They are load, first forward and backward, first optimizer step, later steps, evaluation, save.
+        """
+        most = dict.fromkeys((phase for phase, _ in self.stretches), 0)
+        for phase, n_bytes in self.stretches:
+            most[phase] = max(most[phase], n_bytes)
+        return most
 
     def towards(self, other: Rehearsal, times: float) -> Rehearsal:
         """So many ``times`` as far from this as ``other`` is, in every figure."""
@@ -88,7 +98,10 @@ class Rehearsal:
             return round(first + times * (second - first))
 
         return Rehearsal(
-            phases={name: along(n_bytes, other.phases[name]) for name, n_bytes in self.phases.items()},
+            stretches=tuple(
+                (phase, along(first, second))
+                for (phase, first), (_, second) in zip(self.stretches, other.stretches, strict=True)
+            ),
             weights=along(self.weights, other.weights),
             gradients=along(self.gradients, other.gradients),
             optimizer_state=along(self.optimizer_state, other.optimizer_state),
@@ -126,9 +139,7 @@ def rehearse(
         parallel = strategy.start(worker, precision)
         if isinstance(parallel, Replicas):
             parallel = Buckets(parallel)
-        # No fallback: an operation that torch cannot do without data would quietly be done on real zeros.
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False))
-        stack.enter_context(AnyNumber())
+        stack.enter_context(WithoutData())
         without_data(model)
         parallel.place(model)
         stack.enter_context(live)
@@ -141,29 +152,29 @@ def rehearse(
         run = _run(model, precision, parallel, optimizer, loss, max_grad_norm, optimizer_in_backward)
         run.clock.on_enter = live.enter
         gradients = _GradientBytes(model, kept=not optimizer_in_backward)
+        _cut_backward(model, live)
         first_phase_of = {"load": 0}
         for step in ("first step", "later steps"):
             first_phase_of[step] = len(live.phases)
             train_step(run, [_batch(shapes.training)] * min(shapes.n_micro_batches, 2))
         first_phase_of["evaluation"] = len(live.phases)
-        live.enter("evaluation")
-        _evaluate(run, shapes)
+        _evaluate(run, shapes, live)
         first_phase_of["save"] = len(live.phases)
         live.enter("save")
         state = run.state.optimizer.state.values()
         kept = [value for values in state for value in values.values() if isinstance(value, Tensor)]
         weights, optimizer_state = sum(map(_n_bytes, model.parameters())), sum(map(_n_bytes, kept))
+        offloads = on_cuda and getattr(strategy, "cpu_offload", False)
+        on_host = weights + gradients.total + optimizer_state if offloads else 0  # what is kept is kept there
+        peaks = [peak - on_host for peak in (cuda_peaks if on_cuda else live_peaks)(live.phases)]
         if on_cuda:
-            peak = cuda_peak(live.phases)
+            peak = max(peaks)
         elif isinstance(parallel, Shards):  # whose blocks go back to the kernel
             peak = max(live_peaks(live.phases, _PAGE)) + PROCESS_BYTES
         else:
             peak = heap_peak(live.phases) + PROCESS_BYTES
-        offloads = on_cuda and getattr(strategy, "cpu_offload", False)
-        on_host = weights + gradients.total + optimizer_state if offloads else 0  # what is kept is kept there
-        peak -= on_host
     return Rehearsal(
-        phases={name: max(0, live - on_host) for name, live in _by_part(live.phases, first_phase_of).items()},
+        stretches=tuple(zip(_parts(live.phases, first_phase_of), peaks, strict=True)),
         weights=weights,
         gradients=gradients.total,
         optimizer_state=optimizer_state,
@@ -171,17 +182,29 @@ def rehearse(
     )
 
 
-def _by_part(phases: list[Phase], first_phase_of: dict[str, int]) -> dict[str, int]:
-    """The phases that a user is told of."""
-    peaks = live_peaks(phases)
-    parts: defaultdict[str, int] = defaultdict(int)
+def _parts(phases: list[Phase], first_phase_of: dict[str, int]) -> Iterator[str]:
+    """Which phase that a user is told of each of ``phases`` belongs to."""
     starts = list(first_phase_of.items())
-    for i, (phase, peak) in enumerate(zip(phases, peaks, strict=True)):
+    for i, phase in enumerate(phases):
         part = next(name for name, start in reversed(starts) if i >= start)
         if part == "first step":
             part = "first optimizer step" if phase.name == "optimizer" else "first forward and backward"
-        parts[part] = max(parts[part], peak)
-    return dict(parts)
+        yield part
+
+
+def _cut_backward(model: Transformer, live: LiveBytes) -> None:
+    """Make stretches of their own of the backward through head, blocks and embedding.
+
+    In each of them the most that is live grows evenly with the number of blocks: gradients of more blocks may
+    outgrow the logits, but within one stretch nothing overtakes.
+    """
+
+    def cut(hidden: Tensor) -> None:
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: live.enter("backward"))
+
+    model.norm.register_forward_pre_hook(lambda _, inputs: cut(inputs[0]))
+    model.embedding.register_forward_hook(lambda _, __, hidden: cut(hidden))
 
 
 def _run(
@@ -259,9 +282,10 @@ class _GradientBytes:
             self.total = self.total + size if self._kept else max(self.total, size)
 
 
-def _evaluate(run: Run, shapes: Shapes) -> None:
+def _evaluate(run: Run, shapes: Shapes, live: LiveBytes) -> None:
     model = run.state.model
     model.eval()
+    live.enter("evaluation")
     with torch.no_grad(), run.precision.autocast(_CPU):
         if shapes.evaluation is not None:
             batch = _batch(shapes.evaluation)
@@ -269,7 +293,9 @@ def _evaluate(run: Run, shapes: Shapes) -> None:
         if shapes.answers is not None:
             n_rows, length = shapes.answers
             cache = KVCache(model.config.n_layers, capacity=length)
+            live.enter("prompts")
             _last_logits(model, torch.zeros(n_rows, length - 1, dtype=torch.int64), cache)
+            live.enter("one token more")
             _last_logits(model, torch.zeros(n_rows, 1, dtype=torch.int64), cache)
     model.train()
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftlab.distributed.ddp import Replicas
 from ftlab.distributed.single import OneRank
@@ -19,14 +18,21 @@ from ftlab.training.update import only
 _CPU = torch.device("cpu")
 
 
-class AnyNumber(TorchDispatchMode):
-    """Whatever the host reads of a tensor without data is 1: Adafactor reads norms, and allocates the same for any."""
+class WithoutData(FakeTensorMode):
+    """Tensors with shapes and no data.
+
+    Whatever the host reads of one is 1: Adafactor reads norms, and allocates the same for any.
+    """
+
+    def __init__(self) -> None:
+        # No fallback: an operation that torch cannot do without data would quietly be done on real zeros.
+        super().__init__(allow_non_fake_inputs=True, allow_fallback_kernels=False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reads = func is torch.ops.aten._local_scalar_dense.default
         if reads and isinstance(args[0], FakeTensor) and args[0].constant is None:
             return 1.0 if args[0].is_floating_point() else 1
-        return func(*args, **kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
 def without_data(model: Transformer) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftlab.models.live_bytes import LiveBytes, Phase, _Heap, cuda_peak, heap_peak, live_peaks
+from ftlab.models.live_bytes import LiveBytes, Phase, _Heap, cuda_peaks, heap_peak, live_peaks
 
 KB = 1024
 
@@ -55,7 +55,7 @@ def test_a_storage_given_back_by_resizing_is_free():
 
 
 def test_cuda_blocks_are_multiples_of_512_bytes():
-    assert cuda_peak([Phase("a", [(1, 1), (2, 513), (1, -1), (3, 512)])]) == 1536
+    assert cuda_peaks([Phase("a", [(1, 1), (2, 513), (1, -1), (3, 512)])]) == [1536]
 
 
 sizes = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 30)), max_size=60)
