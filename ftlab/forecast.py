@@ -174,7 +174,9 @@ def with_batch_size(config: Config, model: ModelConfig | None, setting: Setting,
 
     def is_too_large(size: int) -> bool:
         limit = available / CLEAR_EXCESS
-        found = forecast_up_to(limit, with_size(size), model, setting) if model is not None else None
+        found = None
+        if model is not None:
+            found = forecast_up_to(limit, with_size(size), model, setting, just_whether=True)
         if found is None:
             problem = "auto, but there is no forecast of this model's or optimizer's memory"
             raise ConfigError("trainer.batch_size", problem, "trainer.batch_size=1")

@@ -12,6 +12,8 @@ from ftlab.errors import ConfigError
 from ftlab.storage.checkpoints import Checkpoints
 from ftlab.training.checkpoint import CheckpointConfig
 
+_MOST_KEPT = 16  # bytes that an optimizer keeps of a parameter: AdamW in float32 keeps 8
+
 
 def require_space(
     config: CheckpointConfig,
@@ -29,13 +31,17 @@ def require_space(
     Raises:
         ConfigError: with both sizes.
     """
-    weights = n_params * dtype.itemsize
-    one = weights + n_params * _optimizer_bytes(dtype, make_optimizer)
-    needed = (config.kept * one if config.ever else 0) + (weights if config.export else 0)
     run = checkpoints.folder.parent
     existing = next(folder for folder in (run, *run.parents) if folder.is_dir())
     kept = sum(file.stat().st_size for found in checkpoints.complete() for file in found.path.iterdir())
     free = shutil.disk_usage(existing).free + kept
+    weights = n_params * dtype.itemsize
+    exported = weights if config.export else 0
+    n_kept = config.kept if config.ever else 0
+    if free >= n_kept * (weights + n_params * _MOST_KEPT) + exported:
+        return  # the first optimizer of a process takes a second to make, for torch loads its compiler
+    one = weights + n_params * _optimizer_bytes(dtype, make_optimizer)
+    needed = n_kept * one + exported
     if free < needed:
         raise ConfigError(
             "checkpoint.keep_last",

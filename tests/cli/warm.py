@@ -15,6 +15,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,15 +46,23 @@ class Warm:
     """A warm process, from which commands are forked; a context that it does not outlive.
 
     Args:
-        optimized: whether it runs without assertions, as under ``PYTHONOPTIMIZE=1``.
+        optimized: whether it runs without assertions, as under ``PYTHONOPTIMIZE=1``. pip compiles nothing for that;
+            what a command loads is compiled once, whether or not this process may write bytecode.
     """
 
     def __init__(self, *, optimized: bool = False):
         self._command = [sys.executable, *(["-O"] if optimized else []), "-m", "tests.cli.warm"]
+        self._bytecode = tempfile.TemporaryDirectory() if optimized else None
 
     def __enter__(self) -> Self:
+        keeps = self._bytecode and {"PYTHONPYCACHEPREFIX": self._bytecode.name, "PYTHONDONTWRITEBYTECODE": None}
         self._process = subprocess.Popen(
-            self._command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment({})
+            self._command,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(keeps or {}),
         )
         return self
 
@@ -61,6 +70,8 @@ class Warm:
         assert self._process.stdin is not None
         self._process.stdin.close()  # it ends by itself then
         self._process.wait()
+        if self._bytecode is not None:
+            self._bytecode.cleanup()
 
     def __call__(
         self,

@@ -50,6 +50,14 @@ def compared(overrides: list[str], setting: Setting) -> tuple[Rehearsal, Rehears
     return found, of_all
 
 
+def assert_nearly_the_same(found: Rehearsal, of_all: Rehearsal) -> None:
+    """But that within the optimizer's step a block's share may overtake the embedding's: then less is found."""
+    kept = "weights", "gradients", "optimizer_state"
+    assert [getattr(found, name) for name in kept] == [getattr(of_all, name) for name in kept]
+    assert all(few <= many for (_, few), (_, many) in zip(found.stretches, of_all.stretches, strict=True))
+    assert 0.99 * of_all.peak <= found.peak <= of_all.peak
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -71,8 +79,7 @@ def test_few_blocks_tell_all_stretches(overrides):
 @pytest.mark.parametrize("more", [[], pytest.param(["parallelism.cpu_offload=true"], marks=pytest.mark.slow)])
 def test_few_sharded_blocks_do_too(more):
     overrides = ["parallelism=fsdp", *more, "model.vocab_size=500", "trainer.batch_size=3", "precision=bf16_mixed"]
-    found, of_all = compared(overrides, replace(SETTING, n_ranks=4, n_local_ranks=2))
-    assert found == of_all
+    assert_nearly_the_same(*compared(overrides, replace(SETTING, n_ranks=4, n_local_ranks=2)))
 
 
 @pytest.mark.slow
@@ -93,11 +100,7 @@ def test_whatever_the_options(seed):
             continue  # options that exclude each other
         ranks = {} if strategy == "single" else {"n_ranks": 4, "n_local_ranks": 2}
         found, of_all = compared(overrides, replace(SETTING, **ranks))
-    kept = "weights", "gradients", "optimizer_state"
-    assert [getattr(found, name) for name in kept] == [getattr(of_all, name) for name in kept]
-    # Within the optimizer's step alone what is most for few blocks may be overtaken: then the answer is a lower bound.
-    assert all(few <= many for (_, few), (_, many) in zip(found.stretches, of_all.stretches, strict=True))
-    assert 0.99 * of_all.peak <= found.peak <= of_all.peak
+    assert_nearly_the_same(found, of_all)
 
 
 def test_on_a_cpu_what_is_live_is_a_lower_bound():
