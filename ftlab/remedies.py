@@ -52,12 +52,14 @@ class Change:
 
     Attributes:
         kind: changes of one kind differ only in their micro-batches and ranks.
+        other_numbers: whether precision or optimizer are others, and with them what is learnt.
     """
 
     kind: str
     overrides: list[str]
     config: Config
     n_ranks: int
+    other_numbers: bool = False
 
 
 def smallest_change(
@@ -76,8 +78,11 @@ def smallest_change(
     unchanged = Change("unchanged", [], config, setting.n_ranks)
     both = replace(rehearsal, gradients=0, stretches=(("later steps", rehearsal.weights + rehearsal.optimizer_state),))
     too_large = dict.fromkeys(_KEEPING_BOTH, (unchanged, both)) | {"unchanged": (unchanged, rehearsal)}
+    recomputed = "unchanged" if config["parallelism"]["activation_checkpointing"] == "full" else "full"
     for change in (*([unchanged] if said else []), *changes(config, setting)):
         if change.kind in too_large and _at_least(change, *too_large[change.kind]) > available:
+            continue
+        if change.other_numbers and _in_any_numbers(change, *too_large[recomputed]) > available:
             continue
         changed = replace(setting, n_ranks=change.n_ranks, n_local_ranks=min(change.n_ranks, 8))
         found = forecast_up_to(available, change.config, model, changed, just_whether=True)
@@ -98,6 +103,13 @@ def _at_least(change: Change, other: Change, found: Rehearsal) -> float:
     rest = found.phases["later steps"] - kept
     rows, other_rows = (one.config["trainer"]["batch_size"] for one in (change, other))
     return (kept + rest * rows / other_rows) * other.n_ranks / change.n_ranks
+
+
+def _in_any_numbers(change: Change, other: Change, found: Rehearsal) -> float:
+    """The same for an ``other`` of another precision or optimizer: what is not kept is no less than half in any."""
+    not_kept = found.phases.get("first forward and backward", 0) - found.weights - found.gradients
+    rows, other_rows = (one.config["trainer"]["batch_size"] for one in (change, other))
+    return not_kept / 2 * rows / other_rows
 
 
 def changes(config: Config, setting: Setting) -> Iterator[Change]:
@@ -137,7 +149,7 @@ def changes(config: Config, setting: Setting) -> Iterator[Change]:
         if config[group] != values:
             said = [one for one in said if not one.startswith(f"{group}=")] + [f"{group}={option}"]
             least = least | {group: values}
-            yield Change(" ".join(said), said, least, setting.n_ranks)
+            yield Change(" ".join(said), said, least, setting.n_ranks, other_numbers=True)
 
 
 def _with_gradients_kept(config: Config, n_ranks: int) -> bool:

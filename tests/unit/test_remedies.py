@@ -66,10 +66,14 @@ def made_up(config: Config, model: ModelConfig, where: Setting) -> Rehearsal:
     ]
     rows = config["trainer"]["batch_size"]
     gradients = 30 if config["trainer"]["optimizer_in_backward"] else size * n_weights
-    kept = (size + moments) * n_weights + gradients
-    later = kept + rows * (90 + per_block * model.n_layers) + 70
+    first = size * n_weights + gradients + rows * (90 + per_block * model.n_layers) + 70
+    later = first + moments * n_weights
     evaluated = 0 if where.longest_validation is None else config["evaluation"]["batch_size"] * 60
-    stretches = ("later steps", round(later)), ("evaluation", round((size + moments) * n_weights + evaluated))
+    stretches = (
+        ("first forward and backward", round(first)),
+        ("later steps", round(later)),
+        ("evaluation", round((size + moments) * n_weights + evaluated)),
+    )
     live = max(n_bytes for _, n_bytes in stretches)
     return Rehearsal(
         stretches=stretches,
