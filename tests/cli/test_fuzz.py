@@ -19,7 +19,8 @@ from tests.cli.warm import ROOT, Said, Warm
 from tests.faults.figures import Figure, trials
 
 CONF = ROOT / "conf"
-HANG_S = 20.0
+HANG_S = 20.0  # of a processor's time
+WAITS_S = 60.0  # of the clock: on a machine that others use, 10 s of computing were seen to take 21
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ("hydra", "local"))
 FILES = sorted(file for group in GROUPS for file in (CONF / group).glob("*.yaml"))
 GLOBAL = ("experiment", "debug", "sweep")  # whose files change keys of all groups
@@ -160,7 +161,8 @@ def mutated(rng: random.Random, folder: Path) -> list[str]:
 
 def check(said: Said, typed: list[str]) -> None:
     """What must hold whatever was typed."""
-    assert said.seconds < HANG_S, "it hangs"
+    assert said.cpu_seconds < HANG_S, "it computes without an end"
+    assert said.seconds < WAITS_S, "it waits without an end"
     assert said.exit_code in (0, 2), f"exit code {said.exit_code}: {said.stderr[-800:]}"
     assert "Traceback" not in said.stderr + said.stdout, said.stderr[-800:]
     assert "HYDRA_FULL_ERROR" not in said.stderr, said.stderr[-800:]
@@ -181,16 +183,17 @@ def unknown(config: dict[str, Any]) -> list[str]:
 @trials(few=30, all_=500)
 def test_r24_no_mistake_is_swallowed_and_none_shows_a_traceback(n: int, tmp_path: Path) -> None:
     claim = "random mutations of command lines and option files: no hang > 20 s, no traceback, no unknown key accepted"
-    accepted, slowest = 0, 0.0
+    accepted, slowest, longest = 0, 0.0, 0.0
     with Figure("R24", claim) as figure, Warm() as warm:
         for number in range(n):
             (folder := tmp_path / str(number)).mkdir()
             typed = mutated(figure.random(number), folder)
-            said = warm("train.py", *typed, cwd=folder, timeout_s=HANG_S + 10, starts=False)
-            accepted, slowest = accepted + (said.exit_code == 0), max(slowest, said.seconds)
+            said = warm("train.py", *typed, cwd=folder, timeout_s=WAITS_S + 10, starts=False)
+            accepted += said.exit_code == 0
+            slowest, longest = max(slowest, said.seconds), max(longest, said.cpu_seconds)
             with figure.trial(f"{number}: {typed}"):
                 check(said, typed)
-        figure.remarks.append(f"{accepted} of them were no mistakes; slowest {slowest:.1f} s")
+        figure.remarks.append(f"{accepted} of them were no mistakes; slowest {slowest:.1f} s, {longest:.1f} s of a processor")
 
 
 def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
