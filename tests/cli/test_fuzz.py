@@ -182,7 +182,10 @@ def unknown(config: dict[str, Any]) -> list[str]:
 
 @trials(few=30, all_=500)
 def test_r24_no_mistake_is_swallowed_and_none_shows_a_traceback(n: int, tmp_path: Path) -> None:
-    claim = "random mutations of command lines and option files: no hang > 20 s, no traceback, no unknown key accepted"
+    claim = (
+        "random mutations of command lines and option files: "
+        "no hang > 20 s of computing, no traceback, no unknown key accepted"
+    )
     accepted, slowest, longest = 0, 0.0, 0.0
     with Figure("R24", claim) as figure, Warm() as warm:
         for number in range(n):
@@ -193,7 +196,9 @@ def test_r24_no_mistake_is_swallowed_and_none_shows_a_traceback(n: int, tmp_path
             slowest, longest = max(slowest, said.seconds), max(longest, said.cpu_seconds)
             with figure.trial(f"{number}: {typed}"):
                 check(said, typed)
-        figure.remarks.append(f"{accepted} of them were no mistakes; slowest {slowest:.1f} s, {longest:.1f} s of a processor")
+        figure.remarks.append(
+            f"{accepted} of them were no mistakes; slowest {slowest:.1f} s, {longest:.1f} s of a processor"
+        )
 
 
 def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
