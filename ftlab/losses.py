@@ -149,6 +149,8 @@ class CompiledChunkedCrossEntropy(ChunkedCrossEntropy):
     """The same with the softmax, its gradient and all casts compiled into one kernel."""
 
     def _softmax_into(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        if len(arguments[0]) == 1:  # torch would compile anew for a row that is left alone
+            return super()._softmax_into(*arguments)
         for tensor in arguments:  # the last rows of a step are as many as are left
             if isinstance(tensor, Tensor):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as symbolic_shapes
 
 
-def compile_blocks(model: nn.Module, *, varying: bool) -> None:
+def compile_blocks(model: nn.Module, *, varying: bool, batch_size: int) -> None:
     """Compile the forward of each of ``model.blocks``, and with it the backward, at their first use.
 
     Block by block, not the model: all blocks are one piece of code, so it is compiled once, which takes seconds
@@ -17,18 +18,26 @@ def compile_blocks(model: nn.Module, *, varying: bool) -> None:
     what is compiled includes the one, and the other's hooks stay outside, around it.
 
     Args:
-        varying: whether the shape of a batch changes from step to step. Then the first compilation already is for
-            all shapes; otherwise it is for the one that there is, which is a little faster.
+        varying: whether the first compilation already is for batches of all shapes, not for the one that there is.
+        batch_size: rows of a micro-batch, but for an epoch's last.
     """
+    # Else as many rows as a head is wide, by chance, would be taken for the width, which does not vary.
+    symbolic_shapes.use_duck_shape = False
     for block in model.get_submodule("blocks").children():
-        block.forward = _unless_cached(block.forward, torch.compile(block.forward, dynamic=True if varying else None))
+        compiled = torch.compile(block.forward, dynamic=True if varying else None)
+        block.forward = _unless_rare(block.forward, compiled, batch_size)
 
 
-def _unless_cached(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _unless_rare(plain: Callable[..., Any], compiled: Callable[..., Any], batch_size: int) -> Callable[..., Any]:
+    """``compiled``, but ``plain`` where a compilation of its own would be needed for a moment."""
+
     def forward(x: Any, *others: Any, cache: Any = None, **named: Any) -> Any:
         # A cache of keys is longer with every token that is generated, and so would be another shape to compile for.
         if cache is not None:
             return plain(x, *others, cache=cache, **named)
+        # torch takes 1 for a size that does not vary: this is an epoch's last row, left alone.
+        if len(x) == 1 < batch_size and torch.is_grad_enabled():
+            return plain(x, *others, **named)
         return compiled(x, *others, **named)
 
     return forward
