@@ -9,6 +9,7 @@ ones are quicker in plain matrix products, a block of queries at a time, where o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,14 +36,14 @@ def attend_by_document(
         The answer (B, H, T, D), and the logarithms of the softmax sums that the kernel's backward needs (H, B*T).
     """
     answer, log_sums = _empty_like(q), _log_sums(q)
-    for some_sums, (*some, some_answer) in _documents(begins, log_sums, q, k, v, answer):
-        if in_blocks(some_answer.dtype, some_answer.shape[2]):
-            _attend_in_blocks(window, *(t[0] for t in (*some, some_answer)))
-        else:
+    long, short = _documents(begins, log_sums, q, k, v, answer)
+    for _, *some in long:
+        _attend_in_blocks(window, *(t[0] for t in some))
+    kernel = _aten._scaled_dot_product_flash_attention_for_cpu
+    with multiplied_by_mkl():
+        for some_sums, *some, some_answer in short:
             inputs = [t.to(log_sums.dtype) for t in some]
-            kernel = _aten._scaled_dot_product_flash_attention_for_cpu
-            with multiplied_by_mkl():
-                found, found_sums = kernel(*inputs, **_causal(inputs[0], window))
+            found, found_sums = kernel(*inputs, **_causal(inputs[0], window))
             some_answer.copy_(found)
             some_sums.copy_(found_sums)
     return answer, log_sums
@@ -61,14 +62,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v."""
     gradients = _empty_like(q), _empty_like(k), _empty_like(v)
-    for some_sums, (*some, d_q, d_k, d_v) in _documents(begins, log_sums, d_answer, q, k, v, answer, *gradients):
-        if in_blocks(d_q.dtype, d_q.shape[2]):
-            _differentiate_in_blocks(window, *(t[0] for t in (*some[:4], d_q, d_k, d_v)))
-        else:
+    long, short = _documents(begins, log_sums, d_answer, q, k, v, answer, *gradients)
+    for _, *some, _, d_q, d_k, d_v in long:
+        _differentiate_in_blocks(window, *(t[0] for t in (*some, d_q, d_k, d_v)))
+    kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+    with multiplied_by_mkl():
+        for some_sums, *some, d_q, d_k, d_v in short:
             inputs = [t.to(log_sums.dtype) for t in some]
-            kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-            with multiplied_by_mkl():
-                found = kernel(*inputs, some_sums, dropout_p=0.0, **_causal(inputs[1], window))
+            found = kernel(*inputs, some_sums, dropout_p=0.0, **_causal(inputs[1], window))
             for target, gradient in zip((d_q, d_k, d_v), found, strict=True):
                 target.copy_(gradient)
     return gradients
@@ -79,22 +80,29 @@ def in_blocks(dtype: torch.dtype, n_tokens: int) -> bool:
     return n_tokens >= LONG and multiplied_by_onednn(dtype)
 
 
-def _documents(begins: Tensor | None, log_sums: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Views of documents that are computed together: of ``log_sums`` (N, H, L), of the others (N, H, L, D).
+_Documents = list[tuple[Tensor, ...]]
 
-    N is 1, but that the kernel takes whole rows at once.
+
+def _documents(begins: Tensor | None, log_sums: Tensor, *tensors: Tensor) -> tuple[_Documents, _Documents]:
+    """Views of the documents that are computed in blocks, and of the others.
+
+    Of ``log_sums`` they are (N, H, L), of the other tensors (N, H, L, D); N is 1, but that the kernel takes whole rows
+    at once.
     """
     n_rows, _, n_tokens, _ = tensors[0].shape
-    if begins is None and not in_blocks(tensors[0].dtype, n_tokens):
-        yield log_sums.unflatten(1, (n_rows, n_tokens)).transpose(0, 1), list(tensors)
-        return
     if begins is None:
-        starts = list(range(0, n_rows * n_tokens, n_tokens))
+        if not in_blocks(tensors[0].dtype, n_tokens):
+            return [], [(log_sums.unflatten(1, (n_rows, n_tokens)).transpose(0, 1), *tensors)]
+        lengths = [n_tokens] * n_rows
     else:
-        starts = begins.flatten().nonzero().flatten().tolist()
+        ends = [*begins.flatten().nonzero().flatten().tolist(), n_rows * n_tokens]
+        lengths = [end - start for start, end in pairwise(ends)]
     flat = [t.transpose(1, 2).flatten(0, 1).transpose(0, 1) for t in tensors]  # views: in memory (B, T, H, D)
-    for start, end in zip(starts, [*starts[1:], n_rows * n_tokens], strict=True):
-        yield log_sums[None, :, start:end], [t[None, :, start:end] for t in flat]
+    documents = zip(*(t[None].split(lengths, 2) for t in (log_sums, *flat)), strict=True)
+    ways: tuple[_Documents, _Documents] = [], []
+    for length, document in zip(lengths, documents, strict=True):
+        ways[not in_blocks(tensors[0].dtype, length)].append(document)
+    return ways
 
 
 def _attend_in_blocks(window: int | None, q: Tensor, k: Tensor, v: Tensor, answer: Tensor) -> None:
