@@ -52,20 +52,18 @@ class Change:
 
     Attributes:
         kind: changes of one kind differ only in their micro-batches and ranks.
-        other_numbers: whether precision or optimizer are others, and with them what is learnt.
     """
 
     kind: str
     overrides: list[str]
     config: Config
     n_ranks: int
-    other_numbers: bool = False
 
 
 def smallest_change(
     rehearsal: Rehearsal, config: Config, model: ModelConfig, setting: Setting, available: int
 ) -> Change | None:
-    """The first of `changes` under which the run fits into ``available`` bytes; None if none does.
+    """The first of `changes` and `changes_of_numbers` under which the run fits into ``available`` bytes, or None.
 
     Args:
         rehearsal: of the run as it is, which does not fit.
@@ -79,10 +77,16 @@ def smallest_change(
     both = replace(rehearsal, gradients=0, stretches=(("later steps", rehearsal.weights + rehearsal.optimizer_state),))
     too_large = dict.fromkeys(_KEEPING_BOTH, (unchanged, both)) | {"unchanged": (unchanged, rehearsal)}
     recomputed = "unchanged" if config["parallelism"]["activation_checkpointing"] == "full" else "full"
-    for change in (*([unchanged] if said else []), *changes(config, setting)):
+
+    def candidates() -> Iterator[Change]:
+        if said:
+            yield unchanged
+        yield from changes(config, setting)
+        if _in_any_numbers(least(config, setting), *too_large[recomputed]) <= available:
+            yield from changes_of_numbers(config, setting)
+
+    for change in candidates():
         if change.kind in too_large and _at_least(change, *too_large[change.kind]) > available:
-            continue
-        if change.other_numbers and _in_any_numbers(change, *too_large[recomputed]) > available:
             continue
         changed = replace(setting, n_ranks=change.n_ranks, n_local_ranks=min(change.n_ranks, 8))
         found = forecast_up_to(available, change.config, model, changed, just_whether=True)
@@ -113,32 +117,28 @@ def _in_any_numbers(change: Change, other: Change, found: Rehearsal) -> float:
 
 
 def changes(config: Config, setting: Setting) -> Iterator[Change]:
-    """Ways to need less memory, those first that cost least: none of the first changes what is learnt.
+    """Ways to need less memory, those first that cost least: none of them changes what is learnt.
 
-    Recomputation costs time; smaller micro-batches cost some of it too; more GPUs cost money; offload costs much time;
-    16-bit weights and a simpler optimizer change the result.
+    Recomputation costs time; smaller micro-batches cost some of it too; more GPUs cost money; offload costs much time.
     """
-    modes = ["none", "selective", "full", "offload"]
-    more_recomputed = modes[modes.index(config["parallelism"]["activation_checkpointing"]) + 1 :]
-    if not setting.on_cuda and "offload" in more_recomputed:
-        more_recomputed.remove("offload")  # there is nowhere to move to
-    sizes = list(_smaller_batches(config["trainer"], setting.n_ranks))
-    for mode in more_recomputed:
+    for mode in _more_recomputed(config, setting):
         recomputed = with_values(config, parallelism={"activation_checkpointing": mode})
         yield Change(mode, [f"parallelism.activation_checkpointing={mode}"], recomputed, setting.n_ranks)
     if config["trainer"]["max_grad_norm"] is None and _with_gradients_kept(config, setting.n_ranks):
         within = with_values(config, trainer={"optimizer_in_backward": True})
         yield Change("in backward", ["trainer.optimizer_in_backward=true"], within, setting.n_ranks)
-    for said, trainer in sizes:
+    for said, trainer in _smaller_batches(config["trainer"], setting.n_ranks):
         yield Change("unchanged", said, with_values(config, trainer=trainer), setting.n_ranks)
-    least = with_values(config, parallelism={"activation_checkpointing": "full"})
-    said = ["parallelism.activation_checkpointing=full"] if more_recomputed else []
-    for more, trainer in sizes:
-        yield Change("full", [*said, *more], with_values(least, trainer=trainer), setting.n_ranks)
-    if sizes:
-        least, said = with_values(least, trainer=sizes[-1][1]), [*said, *sizes[-1][0]]
+    yield from _recomputed(config, setting)[1:]
     if setting.on_cuda:
-        yield from _over_more_ranks([([], config), (said, least)], setting.n_ranks)
+        smallest = least(config, setting)
+        yield from _over_more_ranks([([], config), (smallest.overrides, smallest.config)], setting.n_ranks)
+
+
+def changes_of_numbers(config: Config, setting: Setting) -> Iterator[Change]:
+    """More ways, after those of `changes`: 16-bit weights and a simpler optimizer, which change what is learnt."""
+    smallest = least(config, setting)
+    said, changed = smallest.overrides, smallest.config
     for group, option in (
         ("precision", "bf16_mixed"),
         ("precision", "bf16"),
@@ -148,8 +148,29 @@ def changes(config: Config, setting: Setting) -> Iterator[Change]:
         values = _option(group, option)
         if config[group] != values:
             said = [one for one in said if not one.startswith(f"{group}=")] + [f"{group}={option}"]
-            least = least | {group: values}
-            yield Change(" ".join(said), said, least, setting.n_ranks, other_numbers=True)
+            changed = changed | {group: values}
+            yield Change(" ".join(said), said, changed, setting.n_ranks)
+
+
+def least(config: Config, setting: Setting) -> Change:
+    """The change of all that are computed on as many ranks and to the same numbers that keeps least of a row."""
+    return _recomputed(config, setting)[-1]
+
+
+def _recomputed(config: Config, setting: Setting) -> list[Change]:
+    """Full recomputation, with the micro-batches that there are and with smaller and smaller ones."""
+    said = ["parallelism.activation_checkpointing=full"] if _more_recomputed(config, setting) else []
+    config = with_values(config, parallelism={"activation_checkpointing": "full"})
+    sizes = [([], {}), *_smaller_batches(config["trainer"], setting.n_ranks)]
+    return [
+        Change("full", [*said, *more], with_values(config, trainer=trainer), setting.n_ranks) for more, trainer in sizes
+    ]
+
+
+def _more_recomputed(config: Config, setting: Setting) -> list[str]:
+    modes = ["none", "selective", "full", *(["offload"] if setting.on_cuda else [])]  # a CPU has nowhere to move to
+    now = config["parallelism"]["activation_checkpointing"]
+    return modes[modes.index(now) + 1 :] if now in modes else []
 
 
 def _with_gradients_kept(config: Config, n_ranks: int) -> bool:

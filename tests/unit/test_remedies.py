@@ -15,7 +15,7 @@ from ftlab.config.build import Config, build
 from ftlab.config.check import compose_config
 from ftlab.forecast import Setting, forecast, with_values
 from ftlab.models.config import ModelConfig
-from ftlab.remedies import changes, smallest_change
+from ftlab.remedies import changes, changes_of_numbers, smallest_change
 from ftlab.training.rehearse import PROCESS_BYTES, Rehearsal
 
 DEEP = ("model.n_layers=6", "model.dim=64", "model.n_heads=2", "model.ffn_hidden_dim=96", "model.vocab_size=500")
@@ -43,7 +43,7 @@ def setting(*, on_cuda: bool) -> Setting:
 def first_that_fits(
     config: Config, model: ModelConfig, where: Setting, available: float, forecast: Forecast = forecast
 ) -> list[str] | None:
-    for change in changes(config, where):
+    for change in (*changes(config, where), *changes_of_numbers(config, where)):
         ranks = replace(where, n_ranks=change.n_ranks, n_local_ranks=min(change.n_ranks, 8))
         if forecast(change.config, model, ranks).peak <= available:
             return change.overrides
