@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import torch
+
 from ftlab.config.build import Config, build
 from ftlab.config.check import compose_config
 from ftlab.errors import NotEnoughMemoryError
@@ -43,9 +45,6 @@ def refuse_unfit(
     )
 
 
-_KEEPING_BOTH = "selective", "full", "offload", "in backward"  # weights and optimizer state, as they are
-
-
 @dataclass(frozen=True)
 class Change:
     """Overrides that make a run smaller, and the configuration and ranks that they lead to.
@@ -74,16 +73,22 @@ def smallest_change(
         said = [f"evaluation.batch_size={size}"]  # costs nothing but a little time, and nothing else helps there
         config = with_values(config, evaluation={"batch_size": size})
     unchanged = Change("unchanged", [], config, setting.n_ranks)
-    both = replace(rehearsal, gradients=0, stretches=(("later steps", rehearsal.weights + rehearsal.optimizer_state),))
-    too_large = dict.fromkeys(_KEEPING_BOTH, (unchanged, both)) | {"unchanged": (unchanged, rehearsal)}
-    recomputed = "unchanged" if config["parallelism"]["activation_checkpointing"] == "full" else "full"
+    rehearsal = _on_device(rehearsal, config, setting)
+    kept = rehearsal.weights + rehearsal.gradients + rehearsal.optimizer_state
+    recomputed = replace(rehearsal, stretches=(("later steps", kept),))
+    within = replace(rehearsal, stretches=(("later steps", kept - rehearsal.gradients),), gradients=0)
+    too_large = dict.fromkeys(("selective", "full", "offload"), (unchanged, recomputed))
+    too_large |= {"unchanged": (unchanged, rehearsal), "in backward": (unchanged, within)}
+    most_recomputed = "unchanged" if config["parallelism"]["activation_checkpointing"] == "full" else "full"
 
     def candidates() -> Iterator[Change]:
         if said:
             yield unchanged
         yield from changes(config, setting)
-        if _in_any_numbers(least(config, setting), *too_large[recomputed]) <= available:
-            yield from changes_of_numbers(config, setting)
+        if _in_other_numbers(least(config, setting), *too_large[most_recomputed], n_bytes=2) <= available:
+            for change in changes_of_numbers(config, setting):
+                if _in_other_numbers(change, *too_large[most_recomputed]) <= available:
+                    yield change
 
     for change in candidates():
         if change.kind in too_large and _at_least(change, *too_large[change.kind]) > available:
@@ -94,8 +99,14 @@ def smallest_change(
             continue
         if found.peak <= available:
             return replace(change, overrides=[*said, *change.overrides])
-        too_large[change.kind] = change, found
+        too_large[change.kind] = change, _on_device(found, change.config, changed)
     return None
+
+
+def _on_device(found: Rehearsal, config: Config, setting: Setting) -> Rehearsal:
+    """``found`` without what is kept on the host."""
+    offloads = setting.on_cuda and config["parallelism"].get("cpu_offload")
+    return replace(found, weights=0, gradients=0, optimizer_state=0) if offloads else found
 
 
 def _at_least(change: Change, other: Change, found: Rehearsal) -> float:
@@ -109,11 +120,21 @@ def _at_least(change: Change, other: Change, found: Rehearsal) -> float:
     return (kept + rest * rows / other_rows) * other.n_ranks / change.n_ranks
 
 
-def _in_any_numbers(change: Change, other: Change, found: Rehearsal) -> float:
-    """The same for an ``other`` of another precision or optimizer: what is not kept is no less than half in any."""
+def _in_other_numbers(change: Change, other: Change, found: Rehearsal, n_bytes: int | None = None) -> float:
+    """The same for an ``other`` of another precision or optimizer: what is not kept is no less than half in any.
+
+    Args:
+        n_bytes: of a weight; None: by the precision of ``change``.
+    """
+    n_bytes, now = n_bytes or _bytes_of_a_weight(change), _bytes_of_a_weight(other)
     not_kept = found.phases.get("first forward and backward", 0) - found.weights - found.gradients
     rows, other_rows = (one.config["trainer"]["batch_size"] for one in (change, other))
-    return not_kept / 2 * rows / other_rows
+    return found.weights * n_bytes / now + max(found.gradients * n_bytes / now, not_kept / 2 * rows / other_rows)
+
+
+def _bytes_of_a_weight(change: Change) -> int:
+    weights: torch.dtype = build(change.config["precision"]).weights
+    return weights.itemsize
 
 
 def changes(config: Config, setting: Setting) -> Iterator[Change]:

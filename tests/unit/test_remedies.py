@@ -23,6 +23,7 @@ RUNS = {
     "micro-batches": ("trainer.batch_size=48",),
     "gradients kept": ("trainer.batch_size=4", "trainer.max_grad_norm=null"),
     "recomputed already": ("trainer.batch_size=6", "parallelism.activation_checkpointing=full"),
+    "offloaded": ("trainer.batch_size=32", "parallelism=fsdp", "parallelism.cpu_offload=true"),
     "global batch": ("trainer.batch_size=8", "trainer.global_batch_size=32", "precision=bf16_mixed"),
 }
 Forecast = Callable[[Config, ModelConfig, Setting], Rehearsal]
@@ -51,8 +52,8 @@ def first_that_fits(
 
 
 @cache
-def composed() -> Config:
-    return compose_config(DEEP)
+def composed(*more: str) -> Config:
+    return compose_config([*DEEP, *more])
 
 
 def made_up(config: Config, model: ModelConfig, where: Setting) -> Rehearsal:
@@ -74,6 +75,9 @@ def made_up(config: Config, model: ModelConfig, where: Setting) -> Rehearsal:
         ("later steps", round(later)),
         ("evaluation", round((size + moments) * n_weights + evaluated)),
     )
+    if where.on_cuda and config["parallelism"].get("cpu_offload"):
+        on_host = (size + moments) * n_weights + gradients
+        stretches = tuple((phase, round(n_bytes - on_host)) for phase, n_bytes in stretches)
     live = max(n_bytes for _, n_bytes in stretches)
     return Rehearsal(
         stretches=stretches,
@@ -92,11 +96,12 @@ def made_up(config: Config, model: ModelConfig, where: Setting) -> Rehearsal:
     on_cuda=st.booleans(),
     recomputed=st.sampled_from(["none", "selective", "full"]),
     max_grad_norm=st.sampled_from([None, 1.0]),
+    offloaded=st.booleans(),
 )
-def test_it_is_the_first_change_that_fits(rows, n_layers, share, on_cuda, recomputed, max_grad_norm):
+def test_it_is_the_first_change_that_fits(rows, n_layers, share, on_cuda, recomputed, max_grad_norm, offloaded):
     where = setting(on_cuda=on_cuda)
     config = with_values(
-        composed(),
+        composed(*(("parallelism=fsdp", "parallelism.cpu_offload=true") if offloaded and on_cuda else ())),
         trainer={"batch_size": rows, "max_grad_norm": max_grad_norm},
         evaluation={"batch_size": 1},
         parallelism={"activation_checkpointing": recomputed},
