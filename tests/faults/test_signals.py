@@ -54,7 +54,7 @@ def tell_to_stop(folder: Folder, rng: random.Random) -> str:
     event = rng.choice(events[:-1])
     number, ranks = rng.choice(SIGNALS), rng.choice([None, [rng.randrange(folder.n_ranks)]])
     again = rng.choice([None, None, number, rng.choice(SIGNALS)])
-    with folder.interrupt(TellAt(0, event.number, after_s=rng.uniform(0.1, 0.2))) as trial:
+    with folder.interrupt(TellAt(0, event.number, after_s=rng.uniform(0.1, 0.2)), foretells=True) as trial:
         assert trial.next_word() is not None, "ended before it could be told"
         time.sleep(rng.uniform(0, 0.02))
         told = time.monotonic()

@@ -26,6 +26,7 @@ import torch.distributed.fsdp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import ftlab.assembly.experiment
 import ftlab.assembly.run
 import ftlab.data.tiny
 import ftlab.distributed.ddp
@@ -85,6 +86,7 @@ class Plan:
         noise: whether the loss draws from every global random generator, so that their states matter.
         whole: digest whole tensors, so that any number of ranks can be compared.
         before: called in the rank before anything else, to break something.
+        foretells: whether memory is foretold first, which takes most of a trial's seconds.
     """
 
     config: dict[str, Any]
@@ -94,6 +96,7 @@ class Plan:
     whole: bool = False
     before: Callable[[Rank], None] | None = None
     attempt: int = 0
+    foretells: bool = False
 
 
 @dataclass
@@ -199,6 +202,8 @@ class Rank:
         _put(ftlab.plots, "draw_plots", lambda folder: [])
         _put(ftlab.outputs.folder, "code_state", lambda: {"commit": None, "dirty": None})
         _put(ftlab.assembly.run, "peak_flops", lambda *_: 1e12)
+        if not self.plan.foretells:
+            _put(ftlab.assembly.experiment, "foretell_memory", lambda *_: None)
 
 
 def _put(module: Any, name: str, value: Any) -> None:
