@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[2]
+_LOADED_LATE = "datasets, torch._dynamo, torch._prims_common.wrappers"  # by some commands
 _IMPORTED = ("ftlab.jobs", "ftlab.config.check", "ftlab.cli", "ftlab.lab.plan", "hydra", "sentencepiece", "tokenizers")
 
 
@@ -46,8 +47,8 @@ class Warm:
     """A warm process, from which commands are forked; a context that it does not outlive.
 
     Args:
-        optimized: whether it runs without assertions, as under ``PYTHONOPTIMIZE=1``. pip compiles nothing for that;
-            what a command loads is compiled once, whether or not this process may write bytecode.
+        optimized: whether it runs without assertions, as under ``PYTHONOPTIMIZE=1``. pip compiles nothing for that:
+            what commands load is compiled ahead here, whether or not this process may write bytecode.
     """
 
     def __init__(self, *, optimized: bool = False):
@@ -56,6 +57,8 @@ class Warm:
 
     def __enter__(self) -> Self:
         keeps = self._bytecode and {"PYTHONPYCACHEPREFIX": self._bytecode.name, "PYTHONDONTWRITEBYTECODE": None}
+        if keeps:
+            subprocess.run([sys.executable, "-O", "-c", f"import {_LOADED_LATE}"], env=environment(keeps), check=True)
         self._process = subprocess.Popen(
             self._command,
             cwd=ROOT,
