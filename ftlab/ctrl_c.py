@@ -20,7 +20,7 @@ def remember() -> None:
         return
     with suppress(ValueError):
         signal.signal(signal.SIGINT, _interrupt)
-        sys.unraisablehook = _tell_of_others
+        sys.unraisablehook = tell_of_others
 
 
 def came() -> bool:
@@ -40,6 +40,7 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _tell_of_others(dropped: sys.UnraisableHookArgs) -> None:
+def tell_of_others(dropped: sys.UnraisableHookArgs) -> None:
+    """``sys.unraisablehook`` that has no word for a KeyboardInterrupt that was dropped."""
     if dropped.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(dropped)

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -23,6 +24,7 @@ from types import TracebackType
 import psutil
 import torch
 
+from ftlab import ctrl_c
 from ftlab.distributed.board import Board, Failure, Pulse, RankError
 from ftlab.errors import FtlabError
 
@@ -82,6 +84,8 @@ class Watch:
             signal.SIGTERM: signal.signal(signal.SIGTERM, self._hear),
             signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._hear),
         }
+        # Where Python drops an interrupt, as in a callback of the garbage collector, the next `beat` raises.
+        self._hook, sys.unraisablehook = sys.unraisablehook, ctrl_c.tell_of_others
         self._wakeup_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         self._beat()  # now that no signal ends this rank without a word, the others may count on it
         self._thread.start()
@@ -94,6 +98,7 @@ class Watch:
         signal.set_wakeup_fd(self._wakeup_fd)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._hook
         self._wake.close()
         self._signals.close()
 
