@@ -1,10 +1,11 @@
 """One GPU, one model, one change more per rung: what each of them gives in speed and memory.
 
     python benchmarks/ladder.py [--steps N] [--only NAME ...] [overrides for every rung]
-    python benchmarks/ladder.py seq_len=2048 trainer.batch_size=4
+    python benchmarks/ladder.py --only "no recomputation" float8 trainer.batch_size=4
     python benchmarks/ladder.py --tiny              # a dry run of all rungs on a CPU, with a tiny model
 
-Random weights and rows, so it runs without network. A rung is a process of its own (``benchmarks/step.py``); one that
+Random weights and rows, so it runs without network. Padded rows are short, so a batch has sixteen of them; packed ones
+are full, and two of them have about as many tokens. A rung is a process of its own (``benchmarks/step.py``); one that
 fails, for lack of memory say, is a line of the table. Each adds its overrides to those of the rung that it names.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-MODEL = ["model=llama2_7b", "model.checkpoint=null", "tokenizer=byte", "model.vocab_size=32000", "seq_len=2048"]
+MODEL = ["model=llama2_7b", "model.checkpoint=null", "tokenizer=byte", "model.vocab_size=32000", "seq_len=4096"]
 TINY = ["model=llama_tiny", "tokenizer=byte", "seq_len=128", "device=cpu"]
 
 
@@ -34,13 +35,14 @@ class Rung(NamedTuple):
 
 RUNGS = [
     Rung("bf16 weights, SGD, full recomputation, padded", None, [
-        "precision=bf16", "optimizer=sgd", "parallelism.activation_checkpointing=full", "trainer.batch_size=4",
+        "precision=bf16", "optimizer=sgd", "parallelism.activation_checkpointing=full", "trainer.batch_size=16",
     ], "padded"),
-    Rung("packed", "bf16 weights, SGD, full recomputation, padded", []),
+    Rung("packed", "bf16 weights, SGD, full recomputation, padded", ["trainer.batch_size=2"]),
     Rung("compile", "packed", ["compile=true"]),
     Rung("chunked loss", "compile", ["loss=chunked_cross_entropy"]),
     Rung("selective recomputation", "chunked loss", ["parallelism.activation_checkpointing=selective"]),
     Rung("no recomputation", "chunked loss", ["parallelism.activation_checkpointing=none"]),
+    Rung("float8, float32 weights", "no recomputation", ["precision=fp8"]),
     Rung("AdamW, selective", "selective recomputation", ["optimizer=adamw"]),
     Rung("AdamW in backward, selective", "AdamW, selective", [
         "trainer.optimizer_in_backward=true", "trainer.max_grad_norm=null",
@@ -64,6 +66,8 @@ def overrides_of(rung: Rung) -> list[str]:
 def climb(rung: Rung, shared: list[str], n_steps: int, n_warmup: int) -> dict[str, Any]:
     """The figures of one rung, or its error."""
     own = overrides_of(rung)
+    if "precision=fp8" in own and "device=cpu" in shared:
+        own.append("precision.emulated=true")  # no CPU multiplies in float8
     keys = {o.split("=", 1)[0] for o in shared}
     command = [sys.executable, str(HERE / "step.py"), "--steps", str(n_steps), "--warmup", str(n_warmup)]
     command += ["--rows", rung.rows, *shared, *(o for o in own if o.split("=", 1)[0] not in keys)]
