@@ -58,6 +58,62 @@ class Change:
     config: Config
     n_ranks: int
 
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch."""
+        n: int = self.config["trainer"]["batch_size"]
+        return n
+
+    @property
+    def bytes_of_a_weight(self) -> int:
+        weights: torch.dtype = build(self.config["precision"]).weights
+        return weights.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """Bytes that one change takes, for a lower bound of what others take: a forecast for each would take seconds.
+
+    Attributes:
+        weights, gradients, optimizer_state: what is kept from step to step.
+        first_rest: what the first forward and backward hold beside weights and gradients.
+        later_rest: what later steps hold beside all three.
+    """
+
+    change: Change
+    weights: int
+    gradients: int
+    optimizer_state: int
+    first_rest: int = 0
+    later_rest: int = 0
+
+    @classmethod
+    def of(cls, change: Change, found: Rehearsal, *, on_cuda: bool) -> Floor:
+        """What was ``found`` for ``change``; what is kept on the host is not of the device."""
+        kept = (found.weights, found.gradients, found.optimizer_state)
+        if on_cuda and change.config["parallelism"].get("cpu_offload"):
+            kept = (0, 0, 0)
+        weights, gradients, optimizer_state = kept
+        return cls(
+            change=change,
+            weights=weights,
+            gradients=gradients,
+            optimizer_state=optimizer_state,
+            first_rest=found.phases["first forward and backward"] - weights - gradients,
+            later_rest=found.phases["later steps"] - sum(kept),
+        )
+
+    def for_same_kind(self, other: Change) -> float:
+        """A smaller micro-batch has less of what is not kept, and more ranks have smaller shares of all at best."""
+        kept = self.weights + self.gradients + self.optimizer_state
+        return (kept + self.later_rest * other.rows / self.change.rows) * self.change.n_ranks / other.n_ranks
+
+    def for_other_numbers(self, other: Change, bytes_of_a_weight: int) -> float:
+        """For another precision or optimizer: what is not kept is no less than half in any."""
+        share = bytes_of_a_weight / self.change.bytes_of_a_weight
+        rest = self.first_rest / 2 * other.rows / self.change.rows
+        return self.weights * share + max(self.gradients * share, rest)
+
 
 def smallest_change(
     rehearsal: Rehearsal, config: Config, model: ModelConfig, setting: Setting, available: int
@@ -73,25 +129,24 @@ def smallest_change(
         said = [f"evaluation.batch_size={size}"]  # costs nothing but a little time, and nothing else helps there
         config = with_values(config, evaluation={"batch_size": size})
     unchanged = Change("unchanged", [], config, setting.n_ranks)
-    rehearsal = _on_device(rehearsal, config, setting)
-    kept = rehearsal.weights + rehearsal.gradients + rehearsal.optimizer_state
-    recomputed = replace(rehearsal, stretches=(("later steps", kept),))
-    within = replace(rehearsal, stretches=(("later steps", kept - rehearsal.gradients),), gradients=0)
-    too_large = dict.fromkeys(("selective", "full", "offload"), (unchanged, recomputed))
-    too_large |= {"unchanged": (unchanged, rehearsal), "in backward": (unchanged, within)}
+    now = Floor.of(unchanged, rehearsal, on_cuda=setting.on_cuda)
+    recomputed = replace(now, first_rest=0, later_rest=0)  # how much of them is left is not known yet
+    floors = {"unchanged": now, "in backward": replace(recomputed, gradients=0)}
+    floors |= dict.fromkeys(("selective", "full", "offload"), recomputed)
     most_recomputed = "unchanged" if config["parallelism"]["activation_checkpointing"] == "full" else "full"
 
     def candidates() -> Iterator[Change]:
         if said:
             yield unchanged
         yield from changes(config, setting)
-        if _in_other_numbers(least(config, setting), *too_large[most_recomputed], n_bytes=2) <= available:
+        floor = floors[most_recomputed]
+        if floor.for_other_numbers(least(config, setting), bytes_of_a_weight=2) <= available:
             for change in changes_of_numbers(config, setting):
-                if _in_other_numbers(change, *too_large[most_recomputed]) <= available:
+                if floor.for_other_numbers(change, change.bytes_of_a_weight) <= available:
                     yield change
 
     for change in candidates():
-        if change.kind in too_large and _at_least(change, *too_large[change.kind]) > available:
+        if change.kind in floors and floors[change.kind].for_same_kind(change) > available:
             continue
         changed = replace(setting, n_ranks=change.n_ranks, n_local_ranks=min(change.n_ranks, 8))
         found = forecast_up_to(available, change.config, model, changed, just_whether=True)
@@ -99,42 +154,8 @@ def smallest_change(
             continue
         if found.peak <= available:
             return replace(change, overrides=[*said, *change.overrides])
-        too_large[change.kind] = change, _on_device(found, change.config, changed)
+        floors[change.kind] = Floor.of(change, found, on_cuda=setting.on_cuda)
     return None
-
-
-def _on_device(found: Rehearsal, config: Config, setting: Setting) -> Rehearsal:
-    """``found`` without what is kept on the host."""
-    offloads = setting.on_cuda and config["parallelism"].get("cpu_offload")
-    return replace(found, weights=0, gradients=0, optimizer_state=0) if offloads else found
-
-
-def _at_least(change: Change, other: Change, found: Rehearsal) -> float:
-    """Bytes that ``change`` cannot do without, by what was ``found`` for an ``other`` of its kind.
-
-    A smaller micro-batch has less of what is not kept, and more ranks have smaller shares of everything at best.
-    """
-    kept = found.weights + found.gradients + found.optimizer_state
-    rest = found.phases["later steps"] - kept
-    rows, other_rows = (one.config["trainer"]["batch_size"] for one in (change, other))
-    return (kept + rest * rows / other_rows) * other.n_ranks / change.n_ranks
-
-
-def _in_other_numbers(change: Change, other: Change, found: Rehearsal, n_bytes: int | None = None) -> float:
-    """The same for an ``other`` of another precision or optimizer: what is not kept is no less than half in any.
-
-    Args:
-        n_bytes: of a weight; None: by the precision of ``change``.
-    """
-    n_bytes, now = n_bytes or _bytes_of_a_weight(change), _bytes_of_a_weight(other)
-    not_kept = found.phases.get("first forward and backward", 0) - found.weights - found.gradients
-    rows, other_rows = (one.config["trainer"]["batch_size"] for one in (change, other))
-    return found.weights * n_bytes / now + max(found.gradients * n_bytes / now, not_kept / 2 * rows / other_rows)
-
-
-def _bytes_of_a_weight(change: Change) -> int:
-    weights: torch.dtype = build(change.config["precision"]).weights
-    return weights.itemsize
 
 
 def changes(config: Config, setting: Setting) -> Iterator[Change]:
