@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +18,13 @@ from ftlab.models.config import ModelConfig
 from ftlab.training.metrics import GIB
 from ftlab.training.rehearse import Rehearsal
 
+log = logging.getLogger(__name__)
+
 
 def refuse_unfit(
     rehearsal: Rehearsal, available: int, config: Config, model: ModelConfig, setting: Setting, device: str
 ) -> None:
-    """Refuse a run that clearly needs more than there is, before anything is loaded.
+    """Refuse a run that clearly needs more than there is, before anything is loaded; warn where blocks are compiled.
 
     Raises:
         NotEnoughMemoryError: with the GiB of every part, those available, and the smallest change that makes it fit.
@@ -37,10 +40,15 @@ def refuse_unfit(
     told = ", ".join(f"{name} {n_bytes / GIB:.1f}" for name, n_bytes in parts.items())
     rest = (needed - sum(parts.values())) / GIB
     told += f", activations and buffers {rest:.1f}" if rest > 0 else ""
+    problem = f"each rank needs {needed / GIB:.1f} GiB ({told}), but {device} has {available / GIB:.1f} available"
+    if setting.on_cuda and config["compile"]:
+        # Compiled blocks keep up to a third less than is rehearsed, and a GPU that is full ends nothing but the run.
+        log.warning("memory: %s; compile=true may make it fit", problem)
+        return
     change = smallest_change(rehearsal, config, model, setting, available)
     raise NotEnoughMemoryError(
         "memory",
-        f"each rank needs {needed / GIB:.1f} GiB ({told}), but {device} has {available / GIB:.1f} available",
+        problem,
         " ".join(change.overrides) if change else "a smaller model or seq_len; nothing else makes it fit",
     )
 

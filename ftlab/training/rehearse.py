@@ -35,7 +35,15 @@ from ftlab.optim.groups import decay_groups
 from ftlab.training.generate import _last_logits
 from ftlab.training.loop import train_step
 from ftlab.training.run import Run
-from ftlab.training.stand_ins import BlindGuard, BlindInBackward, Buckets, WithoutData, local_rows, without_data
+from ftlab.training.stand_ins import (
+    BlindGuard,
+    BlindInBackward,
+    Buckets,
+    WithoutData,
+    fused_norms,
+    local_rows,
+    without_data,
+)
 from ftlab.training.state import TrainState
 from ftlab.training.trainer_config import TrainerConfig
 
@@ -127,7 +135,8 @@ def rehearse(
 
     Args:
         n_ranks, n_local_ranks: the others exist in name only. There must be no process group yet.
-        on_cuda: what the figures are for; the kernels rehearsed are the CPU's, whose results have the same sizes.
+        on_cuda: what the figures are for; the kernels rehearsed are the CPU's, whose results have the same sizes, but
+            for norms, which have a stand-in.
     """
     worker = WorkerEnv(
         rank=0, local_rank=0, world_size=n_ranks, local_world_size=n_local_ranks, device=_CPU, in_name_only=True
@@ -143,7 +152,9 @@ def rehearse(
         without_data(model)
         parallel.place(model)
         stack.enter_context(live)
-        if not on_cuda and is_widened(precision.compute):
+        if on_cuda:
+            stack.enter_context(fused_norms())
+        elif is_widened(precision.compute):
             stack.enter_context(WidenedProducts(precision.compute))
         live.enter("load")
         live.hold([*model.parameters(), *model.buffers()])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ftlab.distributed.ddp import Replicas
 from ftlab.distributed.single import OneRank
+from ftlab.models.layers import RMSNorm
 from ftlab.models.transformer import Transformer
 from ftlab.training.update import only
 
@@ -109,6 +111,38 @@ class Buckets(OneRank):
                 parameter.grad = bucket
 
             parameter.register_post_accumulate_grad_hook(keep)
+
+
+@contextmanager
+def fused_norms() -> Iterator[None]:
+    """Within it RMSNorms take what CUDA's kernel takes: a CPU has none, and keeps two float32 copies of each input."""
+    plain = RMSNorm.forward
+
+    def forward(norm: RMSNorm, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x = x.float()  # autocast on CUDA does that, on a CPU not
+        normed: Tensor = _FusedNorm.apply(x, norm.weight.to(x.dtype))
+        return normed
+
+    RMSNorm.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RMSNorm.forward = plain  # type: ignore[method-assign]
+
+
+class _FusedNorm(torch.autograd.Function):
+    """``aten::_fused_rms_norm`` without numbers: it keeps its input, the gain and a scale for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *d_normed: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004 -- autograd's signature
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 def local_rows(tensor: Tensor) -> Tensor:

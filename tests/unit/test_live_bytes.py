@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftlab.models.layers import RMSNorm
 from ftlab.models.live_bytes import LiveBytes, Phase, _Heap, cuda_peaks, heap_peak, live_peaks
+from ftlab.training.stand_ins import fused_norms
 
 KB = 1024
 
@@ -39,6 +42,22 @@ def test_the_backward_is_seen_too():
     assert w.grad is not None
     assert live_peaks(live.phases)[0] == 3 * 4 * KB  # w, w² and its exponential
     assert live_peaks(live.phases)[1] >= 3 * 4 * KB
+
+
+def test_norms_on_cuda_keep_a_number_for_each_row():
+    norm, x = RMSNorm(64, eps=1e-5).bfloat16(), torch.ones(4, 8, 64, dtype=torch.bfloat16, requires_grad=True)
+    held = {}
+    for name, kernels in (("CPU", nullcontext()), ("CUDA", fused_norms())):
+        live = LiveBytes()
+        with kernels, live:
+            live.enter("forward")
+            normed = norm(x)
+            held[name] = live.live
+            normed.sum().backward()
+        assert x.grad is not None
+        assert norm.weight.grad is not None
+    assert held["CUDA"] == 4 * 8 * (64 * 2 + 4), "what comes out, and a scale in float32"
+    assert held["CPU"] > held["CUDA"] + 2 * 4 * 8 * 64 * 2
 
 
 def test_a_storage_given_back_by_resizing_is_free():
