@@ -164,6 +164,13 @@ def assemble(
         raise DataError(f"dataset: this machine's samples ({data.fingerprint}) are not rank 0's ({fingerprint})")
     if opened is not None and goes_on:
         require_same_inputs(opened, data, tokenizer)
+    if data.validation is None and not goes_on:
+        for key, value in {
+            "evaluation.patience": config["evaluation"]["patience"],
+            "checkpoint.keep_best": config["checkpoint"]["keep_best"],
+        }.items():
+            if value:
+                raise ConfigError(key, f"{value}, but there are no validation rows", "dataset.val_fraction=0.02")
     ends = opened.end_ids if opened is not None else []
     ends = ends or end_ids(pretrained, tokenizer.eos_id)
     evaluator = None
@@ -203,7 +210,7 @@ def assemble(
         opened.restore(run.state, run.parallel)
         run.loader.go_to(opened.told["cursor"])
     elif opened is not None and config["init_optimizer"]:
-        restore_optimizer(run.state, opened.stored, opened.told)
+        restore_optimizer(run.state, opened.stored, opened.told, opened.path)
     return Experiment(
         config=config,
         tokenizer=tokenizer,

@@ -144,7 +144,9 @@ class StepGuard:
                 very first step of a weight leave a momentum behind that nobody has written to.
         """
         if self._optimizer.defaults.get("fused") and not on_host:
-            self._optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+            # Weights that are kept on the host are updated there; torch would send the flag without waiting for it.
+            where = self._optimizer.param_groups[0]["params"][0].device
+            self._optimizer.found_inf = (~good).float().to(where)  # type: ignore[attr-defined]
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]
             self._optimizer.step()
         elif not bool(good):  # waits for the device

@@ -42,12 +42,13 @@ def non_finite(state: TrainState) -> list[str]:
         if tensor.is_floating_point()
     }
     # A sum is not finite if a part of it is not: the one pass over memory that is needed. Finite parts may overflow it.
-    sums = torch.stack([tensor.sum(dtype=torch.float32).to(_CPU, non_blocking=True) for tensor in local.values()])
-    return [
-        name
-        for (name, tensor), fine in zip(local.items(), sums.isfinite().tolist(), strict=True)
-        if not fine and not bool(tensor.isfinite().all())
-    ]
+    sums = {name: tensor.sum(dtype=torch.float32) for name, tensor in local.items()}
+    suspects: set[str] = set()
+    for device in {total.device for total in sums.values()}:  # one answer from each is waited for
+        there = [name for name, total in sums.items() if total.device == device]
+        fine = torch.stack([sums[name] for name in there]).isfinite().tolist()
+        suspects |= {name for name, is_fine in zip(there, fine, strict=True) if not is_fine}
+    return [name for name, tensor in local.items() if name in suspects and not bool(tensor.isfinite().all())]
 
 
 def facts(state: TrainState) -> dict[str, Any]:
@@ -87,15 +88,10 @@ def restore(state: TrainState, stored: Mapping[str, StoredRows], told: Mapping[s
     """
     named = model_tensors(state.model)
     _compare(named, {name: rows for name, rows in stored.items() if name.startswith(_MODEL)}, source)
-    if told["optimizer"]["class"] != _class_name(state.optimizer):
-        raise CheckpointError(
-            source,
-            f"was trained with {told['optimizer']['class']}, but the configuration says {_class_name(state.optimizer)}",
-            "a new run from its weights alone: init_from=RUN",
-        )
+    _same_optimizer(state, told, source)
     for name, tensor in named.items():
         assign(tensor, stored[name])
-    restore_optimizer(state, stored, told)
+    restore_optimizer(state, stored, told, source)
     state.progress.__dict__.update(asdict(Progress(**told["progress"])))
     _seek(state.scheduler, told["scheduler"]["steps"])
     if told["scaler"] and state.scaler.is_enabled():
@@ -119,12 +115,24 @@ def restore_weights(
                 parameter.lerp_(_state_tensor(parameter, rows), weight)
 
 
-def restore_optimizer(state: TrainState, stored: Mapping[str, StoredRows], told: Mapping[str, Any]) -> None:
+def restore_optimizer(
+    state: TrainState, stored: Mapping[str, StoredRows], told: Mapping[str, Any], source: object
+) -> None:
     """Only the optimizer's part of `restore`, for a new run that goes on with its moments."""
+    _same_optimizer(state, told, source)
     _restore_optimizer(state, stored, told["optimizer"]["values"])
     counted = _counted(state.optimizer)
     for group, then in zip(state.optimizer.param_groups, told["optimizer"].get("groups", []), strict=False):
         group.update({key: then[key] for key in counted})
+
+
+def _same_optimizer(state: TrainState, told: Mapping[str, Any], source: object) -> None:
+    if told["optimizer"]["class"] != _class_name(state.optimizer):
+        raise CheckpointError(
+            source,
+            f"was trained with {told['optimizer']['class']}, but the configuration says {_class_name(state.optimizer)}",
+            "a new run from its weights alone: init_from=RUN, without init_optimizer",
+        )
 
 
 def _counted(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ class InBackward:
                 "trainer.optimizer_in_backward=false, or optimizer=adamw",
             )
         self._run = run
-        self._good = torch.ones((), dtype=torch.bool, device=run.parallel.device)
+        self._first = self._good = torch.ones((), dtype=torch.bool, device=run.parallel.device)
         self._norms: dict[Tensor, Tensor] = {}
         self._group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
         for parameter in self._group_of:
@@ -86,7 +86,9 @@ class InBackward:
     def backward(self, objective: Tensor) -> None:
         # Summed over ranks, or one would update what another leaves.
         finite = torch.isfinite(self._run.parallel.sum(objective.detach()))
-        self._good = finite & ~self._run.state.guard.given_up
+        # The first verdict stays until the next step: FSDP updates on a stream of its own, which may read it later
+        # than this one gives its memory to others.
+        self._first = self._good = finite & ~self._run.state.guard.given_up
         self._norms = {}
         objective.backward()
 

@@ -240,6 +240,23 @@ def test_a_fork_begins_with_the_parents_weights_and_names_it(
     assert rows(kept, 1)["optimizer.head.weight.step"].item() == 7
 
 
+def test_a_fork_cannot_go_on_with_the_moments_of_another_optimizer(
+    straight: FinishedRun, tiny_run: Callable[..., FinishedRun], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fork = tiny_run(f"init_from={straight.folder}", "init_optimizer=true", "optimizer=sgd", "trainer.max_steps=1")
+    assert fork.exit_code == 2
+    assert "was trained with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("judged", ["evaluation.patience=2", "checkpoint.keep_best=1"])
+def test_without_validation_rows_nothing_can_be_judged(
+    judged: str, tiny_run: Callable[..., FinishedRun], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny_run(judged, "dataset.val_fraction=0").exit_code == 2
+    said = capsys.readouterr().err
+    assert f"{judged.replace('=', ': ')}, but there are no validation rows" in said
+
+
 def test_a_fork_of_another_architecture_names_the_tensor_and_both_shapes(
     straight: FinishedRun, tiny_run: Callable[..., FinishedRun], capsys: pytest.CaptureFixture[str]
 ) -> None:
