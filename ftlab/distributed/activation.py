@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
 from ftlab.errors import ConfigError
 
 _aten = torch.ops.aten
-_MATMUL = _aten.mm.default
+_MATMULS = frozenset({_aten.mm.default, _aten._scaled_mm.default})  # the second is float8's
 # Whichever kernel scaled_dot_product_attention chose. The most expensive thing to repeat, and O(T) to keep.
 _ATTENTION = frozenset(
     {
@@ -33,7 +33,8 @@ _ATTENTION = frozenset(
         _aten._scaled_dot_product_fused_attention_overrideable.default,
     }
 )
-_ATTENTION_BY_DOCUMENT = "ftlab::attend_by_document"
+# Of packed rows: on a CPU, and on CUDA in compiled blocks; in others flex attention is nothing that can be kept.
+_ATTENTION_BY_DOCUMENT = frozenset({"ftlab::attend_by_document", "flex_attention"})
 
 
 def checkpoint_activations(model: nn.Module, mode: str) -> None:
@@ -112,8 +113,8 @@ def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
     n_matmuls: Counter[bool] = Counter()  # forward and recomputation go through the same sequence, each counted apart
 
     def policy(context: SelectiveCheckpointContext, op: OpOverload, *_: Any, **__: Any) -> CheckpointPolicy:
-        keep = op in _ATTENTION or op.name() == _ATTENTION_BY_DOCUMENT
-        if op == _MATMUL:
+        keep = op in _ATTENTION or op.name() in _ATTENTION_BY_DOCUMENT
+        if op in _MATMULS:
             n_matmuls[context.is_recompute] += 1
             # The second, fourth, ...: in a Llama block k, o and up. Its seventh, the last, is never needed again.
             keep = n_matmuls[context.is_recompute] % 2 == 0

@@ -44,7 +44,8 @@ class Replicas(Ranks):
         self._whole.place(model)
         # torch's DistributedDataParallel as hooks on the model itself, so that names and forward stay the model's.
         # It starts at the first forward, and sends rank 0's weights then: ranks cannot begin apart.
-        replicate(model, device_id=self.device, gradient_as_bucket_view=True)
+        # Buffers, the rotary tables, are the same everywhere already.
+        replicate(model, device_id=self.device, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def sync_gradients(self, model: nn.Module, *, enabled: bool) -> None:
         cast(Any, model).set_requires_gradient_sync(enabled)

@@ -106,10 +106,11 @@ class Shards(Ranks):
     """A ``Parallelism`` of ranks that hold shards: dim 0 of every parameter is divided over the mesh's last axis.
 
     Precision: autocast decides what is computed in which dtype, as under every other strategy. The weights of
-    blocks are gathered in the compute dtype already, since autocast would cast them to it in any case: that
-    halves the bytes on the wire and the memory of gathered weights, and leaves the results. Embedding and head
-    are gathered as they are, so that the residual stream keeps the dtype it has on one device. Gradients are
-    summed over ranks in float32.
+    blocks are gathered in the compute dtype already, since autocast would cast matrices to it in any case: that
+    halves the bytes on the wire and the memory of gathered weights. Only the gains of norms, which autocast leaves
+    alone, are rounded by it: what training adds to one, and is there in float32, shows in the forward once it is half
+    a step of the compute dtype, as under every FSDP with mixed precision. Embedding and head are gathered as they
+    are, so that the residual stream keeps the dtype it has on one device. Gradients are summed over ranks in float32.
 
     Gradients are exchanged after every backward, also within accumulation: kept back they would be as large as
     the whole model in float32 on each rank. Only the sum between the groups of HSDP waits for the last.

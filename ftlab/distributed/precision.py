@@ -94,7 +94,8 @@ class Float8(Precision):
             # The hardware takes multiples of 16.
             return isinstance(module, nn.Linear) and all(size % 16 == 0 for size in module.weight.shape)
 
-        settings = float8.Float8LinearConfig(emulate=self.emulated)
+        # A gradient's product sums over tokens, which are as many as there are: torchao pads them to a multiple of 16.
+        settings = float8.Float8LinearConfig(emulate=self.emulated, pad_inner_dim=True)
         for block in model.get_submodule("blocks").children():
             float8.convert_to_float8_training(block, config=settings, module_filter_fn=wants_it)
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from ftlab.assembly.model import build_model, random_weights
 from ftlab.config.build import build
 from ftlab.config.check import compose_config
-from ftlab.distributed.activation import require_a_gpu
+from ftlab.distributed.activation import _selective_contexts, require_a_gpu
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
 from ftlab.forecast import Setting, forecast
@@ -53,6 +54,16 @@ def test_what_a_block_computes_again(mode: str, matmuls: int, attentions: int) -
     assert kept[attention] == 0
     assert counts[attention] == attentions * MODEL.n_layers
     assert counts["mm"] - kept["mm"] == matmuls * MODEL.n_layers
+
+
+def test_what_only_cuda_runs_is_kept_as_well() -> None:
+    from torch._higher_order_ops.flex_attention import flex_attention
+
+    kept, _ = _selective_contexts()
+    context = SelectiveCheckpointContext(is_recompute=False)
+    ops = flex_attention, torch.ops.aten._scaled_mm.default, torch.ops.aten._scaled_mm.default
+    save, again = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+    assert [kept.policy_fn(context, op) for op in ops] == [save, again, save]  # type: ignore[attr-defined]
 
 
 def test_full_checkpointing_keeps_less_until_backward() -> None:

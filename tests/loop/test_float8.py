@@ -28,9 +28,10 @@ def fp8(*overrides: str) -> Float8:
 
 def loss_and_gradient(precision, device):
     model = build_model(replace(MODEL, dim=64), random_weights(0), precision, OneRank(device))
-    tokens = torch.randint(0, 101, (4, 33), generator=torch.Generator().manual_seed(0)).to(device)
+    # 93 tokens: a gradient's product sums over them, and the hardware takes multiples of 16.
+    tokens = torch.randint(0, 101, (3, 32), generator=torch.Generator().manual_seed(0)).to(device)
     with precision.autocast(device):
-        loss = model(tokens[:, :-1], tokens[:, 1:], LOSS) / 128
+        loss = model(tokens[:, :-1], tokens[:, 1:], LOSS) / 93
     loss.backward()
     return model, loss.item(), model.blocks[0].ffn.up_proj.weight.grad
 

@@ -24,7 +24,7 @@ from ftlab.errors import ConfigError
 from ftlab.models.attention import Causal
 from ftlab.models.config import ModelConfig
 from ftlab.models.hf_layout import hf_names
-from ftlab.models.layers import Attention, KVCache
+from ftlab.models.layers import Attention, KVCache, LayerCache, RMSNorm
 from ftlab.models.rotary import RotaryEmbedding, Rotation
 from ftlab.models.transformer import Transformer
 
@@ -310,6 +310,21 @@ def test_logits_through_the_cache_equal_those_without():
 def test_a_sequence_longer_than_the_model_names_both_lengths():
     with pytest.raises(ConfigError, match=r"seq_len: a sequence of 65 tokens .* model\.max_seq_len=64"):
         initialised(small())(torch.zeros(1, 65, dtype=torch.int64))
+
+
+def test_attention_gets_one_dtype_where_autocast_takes_norms_to_float32(monkeypatch):
+    """As CUDA's does, and a CPU's does not."""
+    plain = RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: plain(norm, x.float()))
+    attention = Attention(dim=16, n_heads=4, n_kv_heads=2, head_dim=8, qkv_bias=False, qk_norm_eps=1e-6).bfloat16()
+    seen = []
+
+    def attend(q, k, v):
+        seen.extend(t.dtype for t in (q, k, v))
+        return q
+
+    attention(torch.ones(1, 3, 16, dtype=torch.bfloat16), lambda x: x, attend, LayerCache(4))
+    assert seen == [torch.bfloat16] * 3
 
 
 def test_autocast_computes_in_bfloat16_and_stays_near_float32():
