@@ -26,6 +26,8 @@ def contradictions(values: Values) -> Iterator[ConfigError]:
         _mesh,
         _in_backward,
         _optimizers,
+        _precision,
+        _judgement,
         _profile,
     )
     for rule in rules:
@@ -82,6 +84,10 @@ def _warmup(values: Values) -> Iterator[ConfigError]:
     if _are_set(values, steps, max_steps) and values[steps] > values[max_steps]:
         problem = f"{values[steps]} is more than {max_steps} = {values[max_steps]}: the warmup would never end"
         yield ConfigError(steps, problem, override(steps, values[max_steps] // 10))
+    decay = "scheduler.decay_ratio"
+    if _are_set(values, decay, ratio) and values[decay] + values[ratio] > 1:
+        problem = f"{values[decay]} of the steps decay, but {values[ratio]} warm up: more than there are"
+        yield ConfigError(decay, problem, override(decay, round(1 - values[ratio], 6)))
 
 
 def _sequence(values: Values) -> Iterator[ConfigError]:
@@ -194,6 +200,29 @@ def _optimizers(values: Values) -> Iterator[ConfigError]:
     if values.get("trainer.optimizer_in_backward") and target.rpartition(".")[2] in ("Muon", "ScheduleFreeAdamW"):
         problem = f"true, but {target.rpartition('.')[2]} does not update each weight by itself"
         yield ConfigError("trainer.optimizer_in_backward", problem, "optimizer=adamw")
+
+    momentum, nesterov = "optimizer.momentum", "optimizer.nesterov"
+    if values.get(nesterov) is True and values.get(momentum) == 0:
+        yield ConfigError(nesterov, f"true, but {momentum}=0: there is nothing to look ahead along", f"{momentum}=0.9")
+
+
+def _precision(values: Values) -> Iterator[ConfigError]:
+    weights, compute, scaling = (f"precision.{name}" for name in ("param_dtype", "compute_dtype", "loss_scaling"))
+    if values.get(compute) == "float32" and values.get(weights) in ("bfloat16", "float16"):
+        problem = f"float32, but weights in {values[weights]} are multiplied as they are"
+        yield ConfigError(compute, problem, override(weights, "float32"))
+    if values.get(scaling) is True and values.get(weights) == "float16":
+        problem = "float16, but gradients in float16 cannot be unscaled without losing what scaling saved"
+        yield ConfigError(weights, problem, override(weights, "float32"))
+    if values.get(scaling) is True and values.get("parallelism.cpu_offload") is True:
+        problem = "true, but the scale of the loss is on the GPU, and the gradients are not"
+        yield ConfigError(scaling, problem, "precision=bf16_mixed")
+
+
+def _judgement(values: Values) -> Iterator[ConfigError]:
+    metric, n_samples = "evaluation.metric", "evaluation.n_samples"
+    if _are_set(values, metric) and values[metric].startswith("val/exact_match") and values.get(n_samples) == 0:
+        yield ConfigError(metric, f"{values[metric]}, but {n_samples}=0: nothing is answered", override(n_samples, 8))
 
 
 def _profile(values: Values) -> Iterator[ConfigError]:

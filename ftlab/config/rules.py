@@ -135,12 +135,16 @@ class Text(Rule):
 
 @dataclass(frozen=True)
 class OneOf(Rule):
-    """One of a few words."""
+    """One of a few words, or one that begins with ``prefix``."""
 
     choices: tuple[str, ...]
+    prefix: str | None = None
 
     def broken_by(self, value: Any) -> str | None:
-        return None if value in self.choices else f"must be one of {', '.join(self.choices)}, got {value!r}"
+        if value in self.choices or (self.prefix and isinstance(value, str) and value.startswith(self.prefix)):
+            return None
+        more = f" or {self.prefix}…" if self.prefix else ""
+        return f"must be one of {', '.join(self.choices)}{more}, got {value!r}"
 
     def nearest(self, value: Any) -> Any:
         return difflib.get_close_matches(str(value), self.choices, n=1, cutoff=0.0)[0]
@@ -239,6 +243,7 @@ RULES: dict[str, Rule] = {
     "scheduler.warmup_steps": Number(whole=True, low=0, optional=True),
     "scheduler.warmup_ratio": Number(name="ratio", low=0, at_most=1, optional=True),
     "scheduler.min_lr_ratio": Number(name="ratio", low=0, at_most=1),
+    "scheduler.decay_ratio": Number(name="ratio", low=0, at_most=1, example=0.2),
     "precision.param_dtype": DTYPE,
     "precision.compute_dtype": DTYPE,
     "parallelism.activation_checkpointing": OneOf(("none", "full", "selective", "offload")),
@@ -268,6 +273,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.every_minutes": Number(low=0, open_low=True, optional=True, example=30),
     "checkpoint.keep_last": COUNT,
     "checkpoint.keep_best": Number(whole=True, low=0),
+    "evaluation.metric": OneOf(("val/loss", "val/perplexity", "val/exact_match"), prefix="val/exact_match/"),
     "evaluation.every_steps": OPTIONAL_COUNT,
     "evaluation.patience": OPTIONAL_COUNT,
     "evaluation.batch_size": COUNT,

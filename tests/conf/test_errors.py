@@ -62,6 +62,32 @@ WRONG = {
         ["trainer.max_steps=5", "scheduler.warmup_steps=9"],
         ["scheduler.warmup_steps: 9", "trainer.max_steps = 5"],
     ),
+    "decay as a percentage": (["scheduler=wsd", "scheduler.decay_ratio=20"], ["decay_ratio: must be", "ratio <= 1"]),
+    "more decay than is left": (
+        ["scheduler=wsd", "scheduler.decay_ratio=0.8", "scheduler.warmup_ratio=0.3"],
+        ["scheduler.decay_ratio: 0.8 of the steps decay, but 0.3 warm up", "try: scheduler.decay_ratio=0.7"],
+    ),
+    "metric": (["evaluation.metric=val/lss"], ["evaluation.metric: must be one of val/loss", "metric=val/loss"]),
+    "metric that nothing measures": (
+        ["evaluation.metric=val/exact_match/even", "evaluation.n_samples=0"],
+        ["evaluation.metric: val/exact_match/even, but evaluation.n_samples=0", "try: evaluation.n_samples=8"],
+    ),
+    "nesterov alone": (
+        ["optimizer=sgd", "optimizer.nesterov=true"],
+        ["optimizer.nesterov: true, but optimizer.momentum=0", "try: optimizer.momentum=0.9"],
+    ),
+    "arithmetic finer than weights": (
+        ["precision=bf16", "precision.compute_dtype=float32"],
+        ["precision.compute_dtype: float32, but weights in bfloat16", "try: precision.param_dtype=float32"],
+    ),
+    "scaled gradients in float16": (
+        ["precision=fp16_mixed", "precision.param_dtype=float16"],
+        ["precision.param_dtype: float16, but gradients in float16", "try: precision.param_dtype=float32"],
+    ),
+    "scaled gradients on the host": (
+        ["precision=fp16_mixed", "parallelism=fsdp", "parallelism.cpu_offload=true"],
+        ["precision.loss_scaling: true, but the scale of the loss is on the GPU", "try: precision=bf16_mixed"],
+    ),
     "two warmups": (["scheduler.warmup_steps=9", "scheduler.warmup_ratio=0.1"], ["set at most one of"]),
     "degrees": (
         ["parallelism=hsdp", "parallelism={replicate_degree:2,shard_degree:2,nproc_per_node:2}"],
