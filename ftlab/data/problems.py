@@ -10,6 +10,7 @@ from ftlab.errors import ConfigError, DataError
 # Kind: the share of rows above which it stops a run (null: never), and what it means.
 KINDS: dict[str, tuple[float | None, str]] = {
     "broken_json": (0, "not JSON"),
+    "broken_array": (0, "not JSON, or not UTF-8, inside an array: nothing of the file from there on is read"),
     "duplicate_key": (0, "a key twice in one JSON object: only one of the values could be used"),
     "nan_literal": (0, "NaN or Infinity, which JSON does not have"),
     "invalid_utf8": (0, "bytes that are no UTF-8"),

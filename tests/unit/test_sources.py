@@ -204,7 +204,7 @@ def test_invalid_utf8_names_file_and_byte_offset(tmp_path, source):
     content = file.read_bytes()
     offset = content.index(b"Add.")
     file.write_bytes(content[:offset] + b"\xff" + content[offset:])
-    with pytest.raises(DataError, match=rf"{file} is not UTF-8: byte 0xff at byte offset {offset}\n"):
+    with pytest.raises(DataError, match=rf"{file} is not UTF-8: byte 0xff at byte offset {offset}\b"):
         read(source, str(file))
 
 
