@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ftlab.data.formats import Format
-from ftlab.data.problems import BadRow, Problem, require_characters
+from ftlab.data.problems import BadRow, Problem, require_characters, require_object
 from ftlab.data.sources import Chunk
 from ftlab.errors import ConfigError
 
@@ -52,13 +52,7 @@ def row_fields(
 
 def _value(row: Any, name: str, kind: str, column: str) -> Any:
     """The value of one field of a row, checked."""
-    if not isinstance(row, Mapping):
-        raise BadRow("wrong_type", f"is a {type(row).__name__}, not an object with fields")
-    if column not in row:
-        found = ", ".join(map(str, row))
-        fix = f"dataset.column_map.{name}=" + ("null" if kind.endswith("?") else "COLUMN")
-        raise BadRow("missing_field", f"has no field {column!r}; fields found: {found}", fix)
-    value = row[column]
+    require_object(row)
     wanted, optional = kind.removesuffix("?"), kind.endswith("?")
     if value is None and optional:
         return None

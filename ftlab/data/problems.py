@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ftlab.errors import ConfigError, DataError
 
@@ -71,17 +72,18 @@ class Refusal:
             raise DataError(problem.message)
         self.problems.append(problem)
 
-    def counts(self) -> dict[str, int]:
-        """How many of each kind were found."""
-        kinds = [problem.kind for problem in self.problems]
-        return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-
 
 def check_allowed(allow: Sequence[str]) -> None:
     """Raise ConfigError for a name in ``dataset.allow`` that is no kind."""
     for kind in allow:
         if kind not in BLOCKING:
             raise ConfigError("dataset.allow", f"{kind!r} is none of {', '.join(BLOCKING)}", "dataset.allow=[]")
+
+
+def require_object(row: Any) -> None:
+    """Raise BadRow for a row without fields: JSON can hold any value where one is meant to be."""
+    if not isinstance(row, Mapping):
+        raise BadRow("wrong_type", f"is a {type(row).__name__}, not an object with fields")
 
 
 def require_characters(text: str, what: str) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ftlab.data.fields import mapped_columns, row_fields
 from ftlab.data.filters import Filter
 from ftlab.data.formats import Instruct
-from ftlab.data.problems import Refusal
+from ftlab.data.problems import BadRow, Refusal
 from ftlab.data.sources import open_source
 from ftlab.data.strict_json import json_rows
 from ftlab.errors import ConfigError, DataError
@@ -522,7 +522,7 @@ ROW = {"output": "a text", "lang": "en", "score": 3, "tags": ["a", "b"], "none":
     ],
 )
 def test_an_expression_keeps_what_it_says(expression, keeps):
-    assert Filter(expression).keeps(ROW, "row 0") is keeps
+    assert Filter(expression).keeps(ROW) is keeps
 
 
 @pytest.mark.parametrize(
@@ -533,14 +533,20 @@ def test_an_expression_keeps_what_it_says(expression, keeps):
     ],
 )
 def test_an_expression_can_do_nothing_but_look_at_a_row(expression):
-    with pytest.raises((ConfigError, DataError), match=r"dataset\.filter"):
-        Filter(expression).keeps(ROW, "row 0")
+    with pytest.raises((ConfigError, BadRow), match=r"dataset\.filter"):
+        Filter(expression).keeps(ROW)
 
 
-def test_an_expression_that_does_not_apply_names_the_row():
-    with pytest.raises(DataError, match=r"row 7 has no column 'absent'; columns found: output, lang"):
-        Filter("absent > 1").keeps(ROW, "row 7")
-    with pytest.raises(DataError, match=r"does not apply to row 7: .*NoneType"):
-        Filter("none > 1").keeps(ROW, "row 7")
-    with pytest.raises(DataError, match="is no number"):
-        Filter("output * 1000000000 == ''").keeps(ROW, "row 7")
+@pytest.mark.parametrize(
+    ("expression", "row", "kind", "said"),
+    [
+        ("absent > 1", ROW, "missing_field", "has no column 'absent', .*columns found: output, lang"),
+        ("none > 1", ROW, "wrong_type", "'none > 1' does not apply to it: .*NoneType"),
+        ("output * 1000000000 == ''", ROW, "wrong_type", "is no number"),
+        ("output == ''", ["output"], "wrong_type", "is a list, not an object with fields"),
+    ],
+)
+def test_a_row_that_an_expression_does_not_apply_to_is_a_bad_one(expression, row, kind, said):
+    with pytest.raises(BadRow, match=said) as caught:
+        Filter(expression).keeps(row)
+    assert caught.value.kind == kind
