@@ -14,7 +14,7 @@ from typing import Any
 
 from ftlab.data.cache import Lease, cached, key_of
 from ftlab.data.cores import n_cores
-from ftlab.data.fields import located, mapped_columns
+from ftlab.data.fields import Absent, located, mapped_columns
 from ftlab.data.files import NumberedRow
 from ftlab.data.filters import Filter
 from ftlab.data.problems import BadRow, Problem, Refusal
@@ -85,8 +85,12 @@ def tokenised(
                 advance(chunk.done - told)
                 told = chunk.done
             advance(size - told)
-            problems = [vars(problem) for problem in refusal.problems]
-            writer.finish(rows_read=reader.n_read, filtered_rows=reader.n_filtered, problems=problems)
+            writer.finish(
+                rows_read=reader.n_read,
+                filtered_rows=reader.n_filtered,
+                problems=[vars(problem) for problem in refusal.problems],
+                absent=vars(reader.absent),
+            )
 
     key = key_of(made_of)
     if stays:
@@ -101,8 +105,9 @@ class _Reader:
     def __init__(self, choice: Choice, recipe: Recipe):
         self._filter = Filter(choice.expression) if choice.expression is not None else None
         self._limit = choice.limit
-        mapped = mapped_columns(recipe.format, recipe.column_map).values()
-        self._columns = sorted({*mapped, *(self._filter.names if self._filter else ())})
+        mapped = mapped_columns(recipe.format, recipe.column_map)
+        self._columns = sorted({*mapped.values(), *(self._filter.names if self._filter else ())})
+        self.absent = Absent(recipe.format, mapped)
         self._whole = hasattr(recipe.format, "regroup")
         self.n_read = self.n_filtered = 0
 
@@ -125,6 +130,7 @@ class _Reader:
             is_last = chunk.rows[-1][0] + 1 >= limit
             rows = [row for row in chunk.rows if row[0] < limit] if is_last else chunk.rows
             self.n_read += len(rows)
+            self.absent.look_at(rows)
             if self._filter is not None:
                 rows = list(self._filtered(self._filter, chunk._replace(rows=rows), refusal))
             if rows:

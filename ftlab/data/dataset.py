@@ -98,6 +98,7 @@ class Dataset(TrainingData):
         for store in stores.values():
             if store.facts["rows_read"] == 0:
                 raise DataError(f"dataset: source={self.source} data_files={self.data_files} holds no rows")
+        self._refuse_absent(stores["train"])
         self.parts = self._parts(stores)
         self.n_rows = stores["train"].facts["rows_read"]
         samples = {part.name: self._samples(part) for part in self.parts}
@@ -237,6 +238,15 @@ class Dataset(TrainingData):
                 f"tokens, the longest {longest} (row {row}), and too_long=error\n"
                 f"  try: seq_len={longest}, or dataset.too_long=truncate"
             )
+
+    def _refuse_absent(self, store: Store) -> None:
+        """Raise ConfigError if a field is mapped to a column that no row has."""
+        absent, found = store.facts["absent"]["columns"], store.facts["absent"]["found"]
+        if absent and found is not None:
+            name, column = next(iter(absent.items()))
+            rows = f"none of the {store.facts['rows_read']} rows read has a column {column!r}"
+            problem = f"{rows}; those of the first are {', '.join(found)}"
+            raise ConfigError(f"dataset.column_map.{name}", problem, f"dataset.column_map.{name}=null")
 
     def _refuse_empty(self, part: Part) -> None:
         """Raise DataError if no row is left."""
