@@ -22,6 +22,7 @@ from ftlab.data.base import TrainingData
 from ftlab.data.batch import Sample
 from ftlab.data.cache import cached, clear_leased, key_of
 from ftlab.data.encode import Encoder
+from ftlab.data.files import FILE_FORMATS
 from ftlab.data.formats import Format
 from ftlab.data.gate import Part, find, repeated, stop_or_tell
 from ftlab.data.packing import Packing, Plan, plan_packs
@@ -122,14 +123,17 @@ class Dataset(TrainingData):
         train = open_source(**common, split=self.split, data_files=self.data_files)
         if self.val_fraction is not None:
             return train, None
+        of_files = self.source in FILE_FORMATS
         val_split = "validation" if self.source == "tiny" else self.val_split
-        if val_split is None and self.val_data_files is None:
+        if self.val_data_files is None and (of_files or val_split is None):
+            unread = f" (dataset.val_split={val_split} is for a set on the Hub)" if val_split is not None else ""
             raise ConfigError(
                 "dataset.val_fraction",
-                f"is null, but dataset.source={self.source} brings no validation rows of its own",
-                "dataset.val_fraction=0.05",
+                f"is null, but dataset.source={self.source} brings no validation rows of its own{unread}",
+                "dataset.val_fraction=0.05" + (", or dataset.val_data_files=/path/to/rows.json" if of_files else ""),
             )
-        return train, open_source(**common, split=val_split, data_files=self.val_data_files)
+        key = "dataset.val_data_files"
+        return train, open_source(**common, split=val_split, data_files=self.val_data_files, files_key=key)
 
     def _tokenised(self, source: Source, name: str) -> Store:
         """The arrays of a source's rows, from the cache or made now."""

@@ -34,17 +34,20 @@ NumberedRow = tuple[int, Any]
 _Fault = tuple[int, int]  # a byte that is no UTF-8, and its offset in the file
 
 
-def find_files(data_files: str | Sequence[str] | None, source: str) -> list[Path]:
+def find_files(data_files: str | Sequence[str] | None, source: str, key: str = "dataset.data_files") -> list[Path]:
     """The files that paths, globs and folders name, in the order given; those of a glob or a folder by name.
+
+    Args:
+        key: of the configuration, that holds ``data_files``.
 
     Raises:
         ConfigError: for a name that leads to no file.
     """
     if not data_files:
         raise ConfigError(
-            "dataset.data_files",
+            key,
             f"is {data_files!r}, but a file format as dataset.source needs files",
-            "dataset.data_files=/path/to/rows.json",
+            f"{key}=/path/to/rows.json",
         )
     files: list[Path] = []
     for pattern in [data_files] if isinstance(data_files, str) else data_files:
@@ -58,10 +61,10 @@ def find_files(data_files: str | Sequence[str] | None, source: str) -> list[Path
                 if path.is_dir()
                 else f"no file at {path.absolute()}"
             )
-            raise ConfigError("dataset.data_files", what, "dataset.data_files=/path/to/rows.json")
+            raise ConfigError(key, what, f"{key}=/path/to/rows.json")
         for file in inside:
             if not file.is_file():  # a pipe can be read once only, and rows are read as often as they are needed
-                raise ConfigError("dataset.data_files", f"{file} is not a regular file", "a file with its content")
+                raise ConfigError(key, f"{file} is not a regular file", "a file with its content")
         files += inside
     return files
 
