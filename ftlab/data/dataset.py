@@ -103,10 +103,12 @@ class Dataset(TrainingData):
         self.parts = self._parts(stores)
         self.n_rows = stores["train"].facts["rows_read"]
         samples = {part.name: self._samples(part) for part in self.parts}
+        for part in self.parts:
+            self._refuse_empty(part)
         self.validation = samples.get("validation")
         rows = samples["train"] if self.packing == "none" else self._packed(samples["train"])
         self.train = rows if windows is None else self._stream(windows, rows)
-        problems = [Problem(**problem) for store in stores.values() for problem in store.facts["problems"]]
+        problems = [problem for store in stores.values() for problem in _problems(store)]
         self.findings = find(self.parts, problems, self.tokenizer)
         self.report = self._report(stores, rows)
         if not self.inspecting:
@@ -181,14 +183,12 @@ class Dataset(TrainingData):
             for part in others:
                 kept = ~np.isin(store.row_digests, part.store.row_digests[part.rows])
         part = Part("train", store, kept)
+        samples = self._samples(part)
         if number:  # what was found in the first is in the report
-            problems = [Problem(**problem) for problem in store.facts["problems"]]
-            findings = find([part, *others], problems, self.tokenizer)
-            self._refuse_too_long(part)
+            findings = find([part, *others], _problems(store), self.tokenizer)
             of_window = [one for one in findings if one.part != "validation" or one.kind == "in_train_and_validation"]
             for warning in stop_or_tell(of_window, self.allow):
                 log.info("data: rows from %d on: %s", number * self.window_rows, warning)
-        samples = Samples(store, np.flatnonzero(kept[store.sample_rows]), self.tokenizer, self.first_id)
         if self.packing == "none":
             return samples
         return Packs(samples, plan_packs(samples.lengths, self.seq_len, self.packing), self.seq_len)
@@ -215,8 +215,8 @@ class Dataset(TrainingData):
         return [part for part in parts if part.rows.any()]
 
     def _samples(self, part: Part) -> Samples:
+        """Raises: DataError: for a row that is too long under ``too_long=error``."""
         self._refuse_too_long(part)
-        self._refuse_empty(part)
         picks = np.flatnonzero(part.rows[part.store.sample_rows])
         return Samples(part.store, picks, self.tokenizer, self.first_id)
 
@@ -362,6 +362,11 @@ class AlpacaDataset(Dataset):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.report["use_clean"] = self.use_clean
+
+
+def _problems(store: Store) -> list[Problem]:
+    """Why rows were left out."""
+    return [Problem(**problem) for problem in store.facts["problems"]]
 
 
 def _counted(problems: Sequence[Mapping[str, Any]]) -> dict[str, int]:
