@@ -31,6 +31,7 @@ from ftlab.config.resume import KEY as RESUME
 from ftlab.config.rules import RULES, override, rule_for
 from ftlab.config.sweeps import extremes, is_ours, wrong_settings
 from ftlab.config.targets import forbidden, misfits, unnamed
+from ftlab.config.unread import unread
 from ftlab.errors import ConfigError, ConfigErrors
 from ftlab.outputs.sweep import FILE as SWEEP_FILE
 from ftlab.outputs.sweep import set_aside
@@ -138,6 +139,7 @@ def first_phase(composition: Composition) -> tuple[dict[str, Any], list[ConfigEr
         *composition.problems,
         *problems,
         *_check_values(config, composition),
+        *unread(dict(leaves(config)), composition),
         *forbidden(hydra_node, "hydra", for_hydra=True),
     ]
 

@@ -61,6 +61,12 @@ class Composition:
         typed = [value for value in self.given.values if _touches(value, key)]
         return found + [Setting(value.value(), f"command line: {text_of(value)}") for value in typed]
 
+    def strength(self, key: str) -> int:
+        """The number of the layer that had the last word on ``key``; the command line is above them all."""
+        if any(_touches(value, key) for value in self.given.values):
+            return len(self.layers)
+        return max((number for number, layer in enumerate(self.layers) if key in layer.settings), default=-1)
+
     def default(self, key: str) -> Any:
         """The raw value of ``key`` in the file that defines it; None too when nobody defines it."""
         values = [layer.settings[key].value for layer in self.layers if layer.defines and key in layer.settings]

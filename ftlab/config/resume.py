@@ -21,6 +21,7 @@ from ftlab.config.compose import Composition, compose, hydra_globals
 from ftlab.config.layers import leaves
 from ftlab.config.resolve import resolve
 from ftlab.config.stored import stored_config
+from ftlab.config.unread import unread
 from ftlab.errors import CheckpointError, ConfigError, ConfigErrors
 from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
@@ -118,7 +119,7 @@ def overlaid(
     Raises:
         ConfigErrors: for overrides that cannot be, and for those of other keys.
     """
-    changed, _ = _changes(config, list(overrides), run, {})
+    changed, composition = _changes(config, list(overrides), run, {})
     wrong = [key for key in changed if not key.startswith(may_change)]
     if wrong:
         allowed = ", ".join(f"{key}…" if key.endswith(".") else key for key in may_change)
@@ -127,6 +128,9 @@ def overlaid(
     config = copy.deepcopy(config)
     for key, value in changed.items():
         _set(config, key, value)
+    # Only of what is changed: the run itself did without whatever it did not read.
+    if problems := [problem for problem in unread(dict(leaves(config)), composition) if problem.key in changed]:
+        raise ConfigErrors(problems)
     return config
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from ftlab.data.cache import Lease, cached, key_of
 from ftlab.data.cores import n_cores
-from ftlab.data.fields import mapped_columns
+from ftlab.data.fields import Absent, located, mapped_columns
+from ftlab.data.files import NumberedRow
 from ftlab.data.filters import Filter
-from ftlab.data.problems import Problem, Refusal
+from ftlab.data.problems import BadRow, Problem, Refusal
 from ftlab.data.sources import Chunk, Source
 from ftlab.data.store import Store, StoreWriter
 from ftlab.data.tokenise import Recipe, tokenise
@@ -84,8 +85,12 @@ def tokenised(
                 advance(chunk.done - told)
                 told = chunk.done
             advance(size - told)
-            problems = [vars(problem) for problem in refusal.problems]
-            writer.finish(rows_read=reader.n_read, filtered_rows=reader.n_filtered, problems=problems)
+            writer.finish(
+                rows_read=reader.n_read,
+                filtered_rows=reader.n_filtered,
+                problems=[vars(problem) for problem in refusal.problems],
+                absent=vars(reader.absent),
+            )
 
     key = key_of(made_of)
     if stays:
@@ -100,35 +105,49 @@ class _Reader:
     def __init__(self, choice: Choice, recipe: Recipe):
         self._filter = Filter(choice.expression) if choice.expression is not None else None
         self._limit = choice.limit
-        mapped = mapped_columns(recipe.format, recipe.column_map).values()
-        self._columns = sorted({*mapped, *(self._filter.names if self._filter else ())})
+        mapped = mapped_columns(recipe.format, recipe.column_map)
+        self._columns = sorted({*mapped.values(), *(self._filter.names if self._filter else ())})
+        self.absent = Absent(recipe.format, mapped)
         self._whole = hasattr(recipe.format, "regroup")
         self.n_read = self.n_filtered = 0
 
     def chunks(self, source: Source, refusal: Refusal) -> Iterator[Chunk]:
-        """The rows that are kept; at most ``limit`` are read."""
+        """The rows that are kept, of those with numbers below ``limit``."""
         found = self._kept(source, refusal)
         # A format that puts rows together needs to see them all: a group may go over the end of a chunk.
         yield from [_joined(list(found))] if self._whole else found
 
     def _kept(self, source: Source, refusal: Refusal) -> Iterator[Chunk]:
+        limit = float("inf") if self._limit is None else self._limit
+
         def refuse(problem: Problem) -> None:
-            self.n_read += 1
-            refusal(problem)
+            # A chunk's faults are met before its rows, those behind the limit too: only numbers tell what is wanted.
+            if problem.row is None or problem.row < limit:
+                self.n_read += 1
+                refusal(problem)
 
         for chunk in source.chunks(self._columns, refuse):
-            rows = chunk.rows
-            if self._limit is not None:
-                rows = rows[: self._limit - self.n_read]
+            is_last = chunk.rows[-1][0] + 1 >= limit
+            rows = [row for row in chunk.rows if row[0] < limit] if is_last else chunk.rows
             self.n_read += len(rows)
+            self.absent.look_at(rows)
             if self._filter is not None:
-                kept = [(n, row) for n, row in rows if self._filter.keeps(row, f"row {n} of {chunk.where}")]
-                self.n_filtered += len(rows) - len(kept)
-                rows = kept
+                rows = list(self._filtered(self._filter, chunk._replace(rows=rows), refusal))
             if rows:
                 yield chunk._replace(rows=rows)
-            if self._limit is not None and self.n_read >= self._limit:
+            if is_last:
                 return
+
+    def _filtered(self, filter: Filter, chunk: Chunk, refusal: Refusal) -> Iterator[NumberedRow]:
+        """The rows of ``chunk`` that are kept; one that the expression does not apply to is a problem."""
+        for number, row in chunk.rows:
+            try:
+                if filter.keeps(row):
+                    yield number, row
+                else:
+                    self.n_filtered += 1
+            except BadRow as bad:
+                refusal(located(bad, number, chunk.where))
 
 
 def _joined(chunks: Sequence[Chunk]) -> Chunk:

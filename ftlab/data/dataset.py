@@ -22,6 +22,7 @@ from ftlab.data.base import TrainingData
 from ftlab.data.batch import Sample
 from ftlab.data.cache import cached, clear_leased, key_of
 from ftlab.data.encode import Encoder
+from ftlab.data.files import FILE_FORMATS
 from ftlab.data.formats import Format
 from ftlab.data.gate import Part, find, repeated, stop_or_tell
 from ftlab.data.packing import Packing, Plan, plan_packs
@@ -98,13 +99,16 @@ class Dataset(TrainingData):
         for store in stores.values():
             if store.facts["rows_read"] == 0:
                 raise DataError(f"dataset: source={self.source} data_files={self.data_files} holds no rows")
+        self._refuse_absent(stores["train"])
         self.parts = self._parts(stores)
         self.n_rows = stores["train"].facts["rows_read"]
         samples = {part.name: self._samples(part) for part in self.parts}
+        for part in self.parts:
+            self._refuse_empty(part)
         self.validation = samples.get("validation")
         rows = samples["train"] if self.packing == "none" else self._packed(samples["train"])
         self.train = rows if windows is None else self._stream(windows, rows)
-        problems = [Problem(**problem) for store in stores.values() for problem in store.facts["problems"]]
+        problems = [problem for store in stores.values() for problem in _problems(store)]
         self.findings = find(self.parts, problems, self.tokenizer)
         self.report = self._report(stores, rows)
         if not self.inspecting:
@@ -121,14 +125,17 @@ class Dataset(TrainingData):
         train = open_source(**common, split=self.split, data_files=self.data_files)
         if self.val_fraction is not None:
             return train, None
+        of_files = self.source in FILE_FORMATS
         val_split = "validation" if self.source == "tiny" else self.val_split
-        if val_split is None and self.val_data_files is None:
+        if self.val_data_files is None and (of_files or val_split is None):
+            unread = f" (dataset.val_split={val_split} is for a set on the Hub)" if val_split is not None else ""
             raise ConfigError(
                 "dataset.val_fraction",
-                f"is null, but dataset.source={self.source} brings no validation rows of its own",
-                "dataset.val_fraction=0.05",
+                f"is null, but dataset.source={self.source} brings no validation rows of its own{unread}",
+                "dataset.val_fraction=0.05" + (", or dataset.val_data_files=/path/to/rows.json" if of_files else ""),
             )
-        return train, open_source(**common, split=val_split, data_files=self.val_data_files)
+        key = "dataset.val_data_files"
+        return train, open_source(**common, split=val_split, data_files=self.val_data_files, files_key=key)
 
     def _tokenised(self, source: Source, name: str) -> Store:
         """The arrays of a source's rows, from the cache or made now."""
@@ -176,14 +183,12 @@ class Dataset(TrainingData):
             for part in others:
                 kept = ~np.isin(store.row_digests, part.store.row_digests[part.rows])
         part = Part("train", store, kept)
+        samples = self._samples(part)
         if number:  # what was found in the first is in the report
-            problems = [Problem(**problem) for problem in store.facts["problems"]]
-            findings = find([part, *others], problems, self.tokenizer)
-            self._refuse_too_long(part)
+            findings = find([part, *others], _problems(store), self.tokenizer)
             of_window = [one for one in findings if one.part != "validation" or one.kind == "in_train_and_validation"]
             for warning in stop_or_tell(of_window, self.allow):
                 log.info("data: rows from %d on: %s", number * self.window_rows, warning)
-        samples = Samples(store, np.flatnonzero(kept[store.sample_rows]), self.tokenizer, self.first_id)
         if self.packing == "none":
             return samples
         return Packs(samples, plan_packs(samples.lengths, self.seq_len, self.packing), self.seq_len)
@@ -210,8 +215,8 @@ class Dataset(TrainingData):
         return [part for part in parts if part.rows.any()]
 
     def _samples(self, part: Part) -> Samples:
+        """Raises: DataError: for a row that is too long under ``too_long=error``."""
         self._refuse_too_long(part)
-        self._refuse_empty(part)
         picks = np.flatnonzero(part.rows[part.store.sample_rows])
         return Samples(part.store, picks, self.tokenizer, self.first_id)
 
@@ -237,6 +242,15 @@ class Dataset(TrainingData):
                 f"tokens, the longest {longest} (row {row}), and too_long=error\n"
                 f"  try: seq_len={longest}, or dataset.too_long=truncate"
             )
+
+    def _refuse_absent(self, store: Store) -> None:
+        """Raise ConfigError if a field is mapped to a column that no row has."""
+        absent, found = store.facts["absent"]["columns"], store.facts["absent"]["found"]
+        if absent and found is not None:
+            name, column = next(iter(absent.items()))
+            rows = f"none of the {store.facts['rows_read']} rows read has a column {column!r}"
+            problem = f"{rows}; those of the first are {', '.join(found)}"
+            raise ConfigError(f"dataset.column_map.{name}", problem, f"dataset.column_map.{name}=null")
 
     def _refuse_empty(self, part: Part) -> None:
         """Raise DataError if no row is left."""
@@ -348,6 +362,11 @@ class AlpacaDataset(Dataset):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.report["use_clean"] = self.use_clean
+
+
+def _problems(store: Store) -> list[Problem]:
+    """Why rows were left out."""
+    return [Problem(**problem) for problem in store.facts["problems"]]
 
 
 def _counted(problems: Sequence[Mapping[str, Any]]) -> dict[str, int]:

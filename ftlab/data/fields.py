@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ftlab.data.files import NumberedRow
 from ftlab.data.formats import Format
-from ftlab.data.problems import BadRow, Problem, require_characters
+from ftlab.data.problems import BadRow, Problem, require_characters, require_object
 from ftlab.data.sources import Chunk
 from ftlab.errors import ConfigError
 
@@ -34,7 +35,7 @@ def mapped_columns(format: Format, column_map: Mapping[str, str | None]) -> dict
 def row_fields(
     chunk: Chunk, format: Format, columns: Mapping[str, str], on_problem: Callable[[Problem], None]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and fields of every row that has them all, each of its kind."""
+    """Number and fields of every row that has those it needs, each of its kind; an optional one it lacks is null."""
     wanted = [(field, format.fields[field], column) for field, column in columns.items()]
     for number, row in chunk.rows:
         fields = {}
@@ -52,14 +53,13 @@ def row_fields(
 
 def _value(row: Any, name: str, kind: str, column: str) -> Any:
     """The value of one field of a row, checked."""
-    if not isinstance(row, Mapping):
-        raise BadRow("wrong_type", f"is a {type(row).__name__}, not an object with fields")
-    if column not in row:
-        found = ", ".join(map(str, row))
-        fix = f"dataset.column_map.{name}=" + ("null" if kind.endswith("?") else "COLUMN")
-        raise BadRow("missing_field", f"has no field {column!r}; fields found: {found}", fix)
-    value = row[column]
+    require_object(row)
     wanted, optional = kind.removesuffix("?"), kind.endswith("?")
+    if column not in row and not optional:
+        found = ", ".join(map(str, row))
+        problem = f"has no field {column!r}; fields found: {found}"
+        raise BadRow("missing_field", problem, f"dataset.column_map.{name}=COLUMN")
+    value = row.get(column)
     if value is None and optional:
         return None
     if wanted == "text" and not isinstance(value, str):
@@ -75,6 +75,28 @@ def _wrong_type(name: str, column: str, wanted: str, value: Any) -> str:
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     kind = "null" if value is None else f"{type(value).__name__}: {shown}"
     return f"field {column!r} ({name}) of {{row}} must be {wanted}, but is {kind}"
+
+
+class Absent:
+    """Looks for fields that a row may lack, but hardly all rows do: more likely their column is a misspelt one.
+
+    Attributes:
+        columns: of the fields that no row had so far.
+        found: the columns of the first row; None while there was none that has any.
+    """
+
+    def __init__(self, format: Format, columns: Mapping[str, str]):
+        self.columns = {name: column for name, column in columns.items() if format.fields[name].endswith("?")}
+        self.found: list[str] | None = None
+
+    def look_at(self, rows: Sequence[NumberedRow]) -> None:
+        """Take note of what ``rows`` have."""
+        objects = [row for _, row in rows if isinstance(row, Mapping)] if self.columns or self.found is None else []
+        if objects and self.found is None:
+            self.found = list(map(str, objects[0]))
+        self.columns = {
+            name: column for name, column in self.columns.items() if not any(column in row for row in objects)
+        }
 
 
 def located(bad: BadRow, number: int, where: str) -> Problem:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import glob
 import gzip
 import io
 import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -29,19 +31,23 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK_ROWS = 1_000
 
 NumberedRow = tuple[int, Any]
+_Fault = tuple[int, int]  # a byte that is no UTF-8, and its offset in the file
 
 
-def find_files(data_files: str | Sequence[str] | None, source: str) -> list[Path]:
+def find_files(data_files: str | Sequence[str] | None, source: str, key: str = "dataset.data_files") -> list[Path]:
     """The files that paths, globs and folders name, in the order given; those of a glob or a folder by name.
+
+    Args:
+        key: of the configuration, that holds ``data_files``.
 
     Raises:
         ConfigError: for a name that leads to no file.
     """
     if not data_files:
         raise ConfigError(
-            "dataset.data_files",
+            key,
             f"is {data_files!r}, but a file format as dataset.source needs files",
-            "dataset.data_files=/path/to/rows.json",
+            f"{key}=/path/to/rows.json",
         )
     files: list[Path] = []
     for pattern in [data_files] if isinstance(data_files, str) else data_files:
@@ -55,10 +61,10 @@ def find_files(data_files: str | Sequence[str] | None, source: str) -> list[Path
                 if path.is_dir()
                 else f"no file at {path.absolute()}"
             )
-            raise ConfigError("dataset.data_files", what, "dataset.data_files=/path/to/rows.json")
+            raise ConfigError(key, what, f"{key}=/path/to/rows.json")
         for file in inside:
             if not file.is_file():  # a pipe can be read once only, and rows are read as often as they are needed
-                raise ConfigError("dataset.data_files", f"{file} is not a regular file", "a file with its content")
+                raise ConfigError(key, f"{file} is not a regular file", "a file with its content")
         files += inside
     return files
 
@@ -115,30 +121,52 @@ def file_rows(
             case "csv":
                 yield from _csv_rows(stream, file, on_problem, first_row)
             case "text":
-                texts = (line.rstrip("\r\n") for line in _text_lines(stream, file, on_problem))
-                yield from enumerate(({"text": text} for text in texts if text.strip()), first_row)
+                yield from _text_rows(stream, file, on_problem, first_row)
             case "documents":
-                yield first_row, {"text": "".join(_text_lines(stream, file, on_problem))}
-    except (OSError, EOFError, lzma.LZMAError, csv.Error) as error:
+                faults: list[_Fault] = []
+                text = "".join(_text_lines(stream, faults))
+                if faults:
+                    on_problem(invalid_utf8(str(file), *faults[0], first_row))
+                else:
+                    yield first_row, {"text": text}
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         raise DataError(f"dataset.data_files: {file} cannot be read as {source}: {error}") from error
 
 
-def _text_lines(stream: BinaryIO, file: Path, on_problem: OnProblem) -> Iterator[str]:
-    """Lines of text; one that is no UTF-8 is a problem and left out."""
+def _text_lines(stream: BinaryIO, faults: list[_Fault]) -> Iterator[str]:
+    """Lines of text; the first byte that is no UTF-8 in one is added to ``faults`` before the line comes, for a caller
+    that leaves out what the line belongs to."""
     offset = 0
     for line in stream:  # a newline byte is never part of a longer character, so lines can be decoded alone
+        content = line if offset else line.removeprefix(codecs.BOM_UTF8)
         try:
-            yield line.decode("utf-8-sig" if offset == 0 else "utf-8")
+            yield content.decode()
         except UnicodeDecodeError as error:
-            on_problem(invalid_utf8(str(file), line[error.start], offset + error.start, None))
+            faults.append((content[error.start], offset + len(line) - len(content) + error.start))
+            yield content.decode(errors="replace")
         offset += len(line)
+
+
+def _text_rows(stream: BinaryIO, file: Path, on_problem: OnProblem, row: int) -> Iterator[NumberedRow]:
+    faults: list[_Fault] = []
+    for line in _text_lines(stream, faults):
+        if faults:
+            on_problem(invalid_utf8(str(file), *faults.pop(), row))
+        elif line.strip():
+            yield row, {"text": line.rstrip("\r\n")}
+        else:
+            continue
+        row += 1
 
 
 def _csv_rows(stream: BinaryIO, file: Path, on_problem: OnProblem, row: int) -> Iterator[NumberedRow]:
     """Every value is text: as a number, one would lose its leading zeros, and "NA" its letters."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(_text_lines(stream, file, on_problem), strict=True)
+    faults: list[_Fault] = []
+    reader = csv.reader(_text_lines(stream, faults), strict=True)
     header = next(reader, None)
+    if faults:  # without its columns' names there is no row
+        raise DataError(invalid_utf8(str(file), *faults[0], None).message)
     if header is None:
         return
     if len(set(header)) != len(header):
@@ -147,7 +175,10 @@ def _csv_rows(stream: BinaryIO, file: Path, on_problem: OnProblem, row: int) -> 
         for fields in reader:
             if not fields:
                 continue
-            if len(fields) == len(header):
+            if faults:  # of any of the lines that the row is made of
+                on_problem(invalid_utf8(str(file), *faults[0], row))
+                faults.clear()
+            elif len(fields) == len(header):
                 yield row, dict(zip(header, fields, strict=True))
             else:
                 what = f"line {reader.line_num} has {len(fields)} fields, the header {len(header)}"

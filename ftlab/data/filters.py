@@ -12,7 +12,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ftlab.errors import ConfigError, DataError
+from ftlab.data.problems import BadRow, require_object
+from ftlab.errors import ConfigError
 
 Row = Mapping[str, Any]
 _Evaluate = Callable[[Row], Any]
@@ -61,20 +62,22 @@ class Filter:
                 "dataset.filter=\"'len(output) > 10'\"",
             ) from error
 
-    def keeps(self, row: Row, where: str) -> bool:
+    def keeps(self, row: Any) -> bool:
         """Whether ``row`` is kept.
 
         Raises:
-            DataError: when the expression does not apply to the row: a column that is not there, another type.
+            BadRow: when the expression does not apply to the row: a column that is not there, another type.
         """
+        require_object(row)
         try:
             return bool(self._evaluate(row))
         except KeyError as missing:
-            raise DataError(
-                f"dataset.filter: {where} has no column {missing.args[0]!r}; columns found: {', '.join(map(str, row))}"
-            ) from None
+            found = ", ".join(map(str, row))
+            problem = f"has no column {missing.args[0]!r}, which dataset.filter looks at; columns found: {found}"
+            raise BadRow("missing_field", problem) from None
         except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
-            raise DataError(f"dataset.filter: {self.expression!r} does not apply to {where}: {error}") from None
+            problem = f"{{row}}: dataset.filter={self.expression!r} does not apply to it: {error}"
+            raise BadRow("wrong_type", problem) from None
 
     def _compile(self, node: ast.expr) -> _Evaluate:
         match node:

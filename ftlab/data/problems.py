@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ftlab.errors import ConfigError, DataError
 
 # Kind: the share of rows above which it stops a run (null: never), and what it means.
 KINDS: dict[str, tuple[float | None, str]] = {
     "broken_json": (0, "not JSON"),
+    "broken_array": (0, "not JSON, or not UTF-8, inside an array: nothing of the file from there on is read"),
     "duplicate_key": (0, "a key twice in one JSON object: only one of the values could be used"),
     "nan_literal": (0, "NaN or Infinity, which JSON does not have"),
     "invalid_utf8": (0, "bytes that are no UTF-8"),
@@ -70,17 +72,18 @@ class Refusal:
             raise DataError(problem.message)
         self.problems.append(problem)
 
-    def counts(self) -> dict[str, int]:
-        """How many of each kind were found."""
-        kinds = [problem.kind for problem in self.problems]
-        return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-
 
 def check_allowed(allow: Sequence[str]) -> None:
     """Raise ConfigError for a name in ``dataset.allow`` that is no kind."""
     for kind in allow:
         if kind not in BLOCKING:
             raise ConfigError("dataset.allow", f"{kind!r} is none of {', '.join(BLOCKING)}", "dataset.allow=[]")
+
+
+def require_object(row: Any) -> None:
+    """Raise BadRow for a row without fields: JSON can hold any value where one is meant to be."""
+    if not isinstance(row, Mapping):
+        raise BadRow("wrong_type", f"is a {type(row).__name__}, not an object with fields")
 
 
 def require_characters(text: str, what: str) -> None:

@@ -62,6 +62,7 @@ def open_source(
     revision: str | None,
     cache_dir: Path | None,
     streaming: bool = False,
+    files_key: str = "dataset.data_files",
 ) -> Source:
     """The set that the configuration names; nothing is read yet. ``chunks`` begins at row ``start`` of it.
 
@@ -70,6 +71,7 @@ def open_source(
         data_files: path, glob, folder, or list of them; only for a file format.
         split, subset, revision: of a set on the Hub; ``split`` of the embedded one too.
         cache_dir: where hashes of large files are remembered; None: nowhere.
+        files_key: of the configuration, that holds ``data_files``.
         streaming: take no copy of a set on the Hub, and do not read large files through before their first row.
 
     Raises:
@@ -77,10 +79,10 @@ def open_source(
     """
     if source in FILE_FORMATS:
         kind = StreamedFiles if streaming else FileSource
-        return kind(source, find_files(data_files, source), cache_dir)
+        return kind(source, find_files(data_files, source, files_key), cache_dir)
     if data_files is not None:
         raise ConfigError(
-            "dataset.data_files",
+            files_key,
             f"{data_files!r} would not be read: dataset.source={source} is none of the file formats "
             f"{', '.join(FILE_FORMATS)}",
             "dataset.source=json",

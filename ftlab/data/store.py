@@ -46,7 +46,7 @@ _ARRAYS = {
     "row_marks": np.uint16,
     "row_end_ids": np.int32,  # per row: the control token that ends its last answer, -1 for none
     "row_digests": np.uint64,  # equal rows have equal digests
-    "row_families": np.int16,  # into the families, -1 for none
+    "row_families": np.int32,  # into the families, -1 for none
 }
 
 

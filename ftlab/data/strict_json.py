@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
@@ -39,6 +40,7 @@ def _refuse(literal: str) -> NoReturn:
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+_lenient = json.JSONDecoder(parse_int=str)  # tells where a value ends of which one part is unfit
 
 
 def json_rows(
@@ -46,7 +48,8 @@ def json_rows(
 ) -> Iterator[tuple[int, Any]]:
     """Number and value of every row of an array, or of one row per line, told apart by the first character.
 
-    A line that cannot be read is a problem and a row left out; so is what remains of an array from a fault on.
+    A row that is unfit is a problem and left out, and so is a line that is no JSON. Behind such a fault in an array
+    nobody knows where the next row begins: that is a problem of its own kind, and the last one.
 
     Args:
         start: the first row that is wanted; the values of those before may be None.
@@ -91,7 +94,7 @@ def _line_rows(
             except UnicodeDecodeError as error:
                 at = line.index(stripped) + error.start
                 on_problem(invalid_utf8(name, line[at], offset + at, row))
-            except (_UnfitError, json.JSONDecodeError) as error:
+            except ValueError as error:
                 text = stripped.decode("utf-8")
                 on_problem(_problem(error, text, 0, name, number, 1 + line.index(stripped), row))
             except RecursionError:
@@ -111,10 +114,12 @@ def _rejoined(begin: bytes, stream: BinaryIO) -> Iterator[bytes]:
 
 
 class _Stop(Exception):  # noqa: N818
-    """Nothing more can be read of this file."""
+    """Nothing more can be read of this file; ``problem`` says why, and what that costs."""
 
     def __init__(self, problem: Problem):
-        self.problem = problem
+        what, *fix = problem.message.splitlines()
+        message = "\n".join([f"{what}; the rows of the array from there on cannot be read", *fix])
+        self.problem = Problem("broken_array", problem.row, message)
 
 
 class _Array:
@@ -131,19 +136,20 @@ class _Array:
         self._decode = codecs.getincrementaldecoder("utf-8")()
         self._text, self._position, self._offset = text, len(text), offset
         self._line = self._column = 1  # of text[0]
+        self._fault: tuple[int, int] | None = None  # behind the text: a byte that is no UTF-8, and its offset
         self.row = row
 
     def rows(self, on_problem: OnProblem) -> Iterator[tuple[int, Any]]:
-        """Number and value of every element up to the end or the first fault."""
+        """Number and value of every element that is fit, up to the end or a fault behind which none can be found."""
         try:
             if self._next() == "]":
                 self._position += 1
             else:
-                yield self._element()
+                yield from self._element(on_problem)
                 while (char := self._next()) == ",":
                     self._position += 1
                     self._next()
-                    yield self._element()
+                    yield from self._element(on_problem)
                 if char != "]":
                     raise self._broken("Expecting ',' delimiter" if char else "the array does not end")
                 self._position += 1
@@ -164,23 +170,27 @@ class _Array:
 
     def _read(self, n: int) -> bool:
         """Read ``n`` bytes more; false at the end of the file."""
+        if self._fault is not None:
+            raise _Stop(invalid_utf8(self._name, *self._fault, self.row))
         block = self._stream.read(n)
         pending = len(self._decode.getstate()[0])
         try:
             self._text += self._decode.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            at = self._offset - pending + error.start
-            raise _Stop(invalid_utf8(self._name, block[error.start - pending], at, self.row)) from None
+            self._text += error.object[: error.start].decode()  # elements that end before it can be read
+            self._fault = error.object[error.start], self._offset - pending + error.start
+            return True
         self._offset += len(block)
         return bool(block)
 
-    def _element(self) -> tuple[int, Any]:
-        """The value that begins here, reading on while it is not whole."""
+    def _element(self, on_problem: OnProblem) -> Iterator[tuple[int, Any]]:
+        """The value that begins here, unless it is unfit; reads on while it is not whole."""
         self._forget()
         wanted = _BLOCK
+        decoder, unfit = _decoder, None
         while True:
             try:
-                value, end = _decoder.raw_decode(self._text, self._position)
+                value, end = decoder.raw_decode(self._text, self._position)
                 if end == len(self._text) and self._read(_BLOCK):  # a number may go on
                     continue
                 break
@@ -190,13 +200,16 @@ class _Array:
                 if fault or len(self._text) - self._position > _MAX_ROW or not self._read(wanted):
                     raise self._stop(error) from None
                 wanted *= 2
-            except _UnfitError as error:
-                raise self._stop(error) from None
             except RecursionError:
                 raise self._broken("nested too deeply") from None
+            except ValueError as error:
+                decoder, unfit = _lenient, error
+        if unfit is None:
+            yield self.row, value
+        else:
+            on_problem(self._problem(unfit, end))
         self._position = end
         self.row += 1
-        return self.row - 1, value
 
     def _forget(self) -> None:
         """Let go of what has been read, now and then."""
@@ -210,9 +223,12 @@ class _Array:
     def _broken(self, message: str) -> _Stop:
         return self._stop(json.JSONDecodeError(message, self._text, self._position))
 
-    def _stop(self, error: ValueError) -> _Stop:
-        place = (self._name, self._line, self._column, self.row)
-        return _Stop(_problem(error, self._text, self._position, *place))
+    def _stop(self, error: json.JSONDecodeError) -> _Stop:
+        return _Stop(self._problem(error))
+
+    def _problem(self, error: ValueError, end: int | None = None) -> Problem:
+        """What ``error`` tells of the value that begins here; ``end`` is where that ends, if it does."""
+        return _problem(error, self._text[:end], self._position, self._name, self._line, self._column, self.row)
 
 
 def _problem(error: ValueError, text: str, start: int, name: str, line: int, column: int, row: int) -> Problem:
@@ -220,6 +236,9 @@ def _problem(error: ValueError, text: str, start: int, name: str, line: int, col
     if isinstance(error, json.JSONDecodeError):
         kind, at = "broken_json", error.pos
         what = f"broken JSON: {error.msg} (expected one array of rows, or one row per line)"
+    elif not isinstance(error, _UnfitError):
+        kind, at = "broken_json", start
+        what = f"a whole number of more than {sys.get_int_max_str_digits()} digits, which Python does not read"
     else:
         kind = error.args[0]
         at, key = _locate(text, start, kind)

@@ -114,6 +114,23 @@ WRONG = {
     "unset environment variable": (["run_name=${oc.env:FTLAB_NOT_SET}"], ["run_name", "FTLAB_NOT_SET"]),
     "missing rows": (["dataset.data_files=/nowhere/rows.json"], ["dataset.data_files", "/nowhere/rows.json"]),
     "missing weights": (["model.checkpoint=./no_such_folder"], ["model.checkpoint", "no_such_folder"]),
+    "split of files": (
+        ["dataset=instruct", "dataset.source=jsonl", "dataset.data_files=x", "dataset.split='train[:10%]'"],
+        ["dataset.split: \"'train[:10%]'\" would not be read", "split=train dataset.max_samples=1000"],
+    ),
+    "commit of the embedded set": (["dataset.revision=abc"], ["dataset.revision: abc would not be read"]),
+    "validation rows and a share": (
+        ["dataset=chat", "dataset.source=jsonl", "dataset.data_files=x", "dataset.val_data_files=y"],
+        ["dataset.val_data_files: y would not be read: dataset.val_fraction=0.02", "try: dataset.val_fraction=null"],
+    ),
+    "validation split and a share": (
+        ["dataset=gsm8k", "dataset.val_split=test", "dataset.val_fraction=0.1"],
+        ["dataset.val_split: test would not be read: dataset.val_fraction=0.1"],
+    ),
+    "validation rows of a set in a mixture": (
+        ["dataset.sets=[dolly]", "dataset.sets.dolly.val_data_files=y"],
+        ["dataset.sets.dolly.val_data_files: y would", "try: dataset.sets.dolly.val_fraction=null"],
+    ),
     "several values without -m": (["seed=1,2"], ["seed", "-m"]),
     "Hydra's own key": (["hydra.rum.dir=x"], ["hydra.rum"]),
 }  # fmt: skip
@@ -134,6 +151,14 @@ def test_everything_wrong_is_told_at_once(problems: Problems) -> None:
 
 def test_the_defaults_have_no_problem(problems: Problems) -> None:
     assert problems() == ""
+
+
+@pytest.mark.parametrize("option", ["gsm8k", "ultrachat"])
+def test_what_a_known_set_says_of_the_hub_is_not_meant_for_files_in_its_place(option: str, problems: Problems) -> None:
+    files = ["dataset.source=jsonl", f"dataset.data_files={__file__}"]
+    assert problems(f"dataset={option}", *files, "dataset.val_fraction=0.1") == ""
+    assert problems(f"dataset={option}", "dataset.val_fraction=0.1") == ""
+    assert "dataset.split" in problems(f"dataset={option}", *files, "dataset.split=test")
 
 
 def test_an_experiment_that_sets_a_groups_value_must_pick_its_option(conf: Path, problems: Problems) -> None:

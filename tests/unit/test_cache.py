@@ -11,7 +11,7 @@ from ftlab.data.cache import cache_folder, cached, key_of
 from ftlab.data.dataset import Dataset
 from ftlab.data.formats import Instruct
 from ftlab.data.sources import file_digest
-from ftlab.data.store import StoreWriter
+from ftlab.data.store import Store, StoreWriter
 from ftlab.data.templates import AlpacaTemplate, PlainTemplate
 from ftlab.data.tokenise import Recipe, tokenise
 from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
@@ -148,7 +148,6 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 def test_several_processes_tokenise_what_one_does(rows, tmp_path):
     from ftlab.data.problems import Refusal
     from ftlab.data.sources import FileSource
-    from ftlab.data.store import Store
 
     recipe = Recipe(
         format=Instruct(),
@@ -171,3 +170,15 @@ def test_several_processes_tokenise_what_one_does(rows, tmp_path):
     assert stores[0].digest == stores[1].digest
     assert np.array_equal(stores[0].row_numbers, np.arange(3000))
     assert np.array_equal(stores[0].row_digests, stores[1].row_digests)
+
+
+def test_every_family_of_many_is_kept(tmp_path):
+    n = 2**15 + 1  # one more than 16 bits tell apart
+    per_token = ("tokens", "trained", "ends", "prompt_lens", "n_trained", "sample_rows")
+    per_row = ("row_numbers", "row_tokens", "row_marks", "row_end_ids", "row_digests")
+    with StoreWriter(tmp_path, 640) as writer:
+        arrays = dict.fromkeys(per_token, np.zeros(0, dtype=bool)) | dict.fromkeys(per_row, np.zeros(n))
+        writer.add(families=[str(i) for i in range(n)], **arrays)
+        writer.finish()
+    store = Store(tmp_path)
+    assert store.families[store.row_families[-1]] == str(n - 1)

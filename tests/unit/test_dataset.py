@@ -283,6 +283,24 @@ def test_null_needs_a_source_with_validation_rows(make):
         make(rows(3), val_fraction=None)
 
 
+def test_a_split_of_the_hubs_is_none_of_files(make):
+    with pytest.raises(
+        ConfigError, match=r"dataset\.val_fraction: is null.*val_split=test is for a set on the Hub"
+    ) as e:
+        make(rows(3), val_fraction=None, val_split="test")
+    assert e.value.fix == "dataset.val_fraction=0.05, or dataset.val_data_files=/path/to/rows.json"
+
+
+def test_a_field_that_no_row_has_names_its_key(make, tmp_path):
+    file = tmp_path / "no_input.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(3)))
+    options = {"source": "jsonl", "data_files": str(file)}
+    with pytest.raises(ConfigError, match=r"column_map\.input: none of the 3 rows .* 'input'; .* instruction, output"):
+        make([], **options)
+    file.write_text(file.read_text() + json.dumps(rows(1)[0] | {"input": "x"}))
+    assert [len(make([], **options).train.prompt_tokens(i)) for i in (0, 3)] == [4, 5]  # BOS, q0, (x,) colon
+
+
 def test_the_tiny_set_brings_its_own_validation_rows(make):
     columns = {"instruction": "instruction", "input": "input", "output": "output", "family": "family"}
     dataset = make([], source="tiny", data_files=None, val_fraction=None, seq_len=512, column_map=columns)

@@ -196,6 +196,28 @@ def test_a_fault_stops_a_run_unless_it_is_allowed_by_name(inspect, kind):
     assert any("row 41" in warning for warning in data.report["warnings"])
 
 
+@pytest.mark.parametrize(("kind", "row"), [("missing_field", {"instruction": "q"}), ("wrong_type", ["q"])])
+def test_a_row_that_a_filter_does_not_apply_to_is_a_fault_like_others(inspect, kind, row):
+    rows = [*sound_rows(4), row]
+    options = {"filter": "len(output) > 0"}
+    assert kinds(inspect(rows, **options))[kind] == [4]
+    with pytest.raises(DataError, match=r"row 4 of .*rows\.jsonl"):
+        inspect(rows, **options, inspecting=False)
+    data = inspect(rows, **options, inspecting=False, allow=[kind])
+    assert len(data.train) == 4
+    assert (data.report["rows"], data.report["filtered_rows"]) == (5, 0)
+
+
+@pytest.mark.parametrize("allow", [[], ["broken_json"]])
+def test_unreadable_rows_behind_the_limit_do_not_count(inspect, allow):
+    rows = [*sound_rows(20), *[PLANTED["broken_json"]] * 5, *sound_rows(75, seed=1)]
+    for limit in (3, 10, 20):
+        data = inspect(rows, inspecting=False, allow=allow, max_samples=limit)
+        assert (len(data.train), data.report["rows"]) == (limit, limit)
+    data = inspect(rows, inspecting=False, allow=["broken_json"], max_samples=22)
+    assert (len(data.train), data.report["left_out_rows"]) == (20, {"broken_json": 2})
+
+
 def test_a_template_applied_twice_stops_a_run(inspect):
     template = AlpacaTemplate()
     rows = [r | {"instruction": template.render(r["instruction"], "")} for r in sound_rows(50)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ftlab.data.fields import mapped_columns, row_fields
 from ftlab.data.filters import Filter
 from ftlab.data.formats import Instruct
-from ftlab.data.problems import Refusal
+from ftlab.data.problems import BadRow, Refusal
 from ftlab.data.sources import open_source
 from ftlab.data.strict_json import json_rows
 from ftlab.errors import ConfigError, DataError
@@ -166,11 +166,9 @@ def test_a_missing_column_names_the_columns_found(tmp_path, source):
         read(source, file)
 
 
-def test_a_set_without_input_says_how_to_map_none(tmp_path):
-    file = write(tmp_path / "rows.json", [{"instruction": "a", "output": "b"}])
-    with pytest.raises(DataError, match=r"no field 'input'.*\n  try: dataset\.column_map\.input=null"):
-        read("json", file)
-    assert len(read("json", file, input=None)) == 1
+def test_a_row_may_lack_what_may_be_null(tmp_path):
+    file = write(tmp_path / "rows.json", [ROWS[0], {"instruction": "a", "output": "b"}])
+    assert [row["input"] for row in read("json", file)] == ["1, 2", None]
 
 
 @pytest.mark.parametrize(("value", "kind"), [(["a"], "list"), (4, "int"), (None, "null"), ({}, "dict")])
@@ -204,7 +202,7 @@ def test_invalid_utf8_names_file_and_byte_offset(tmp_path, source):
     content = file.read_bytes()
     offset = content.index(b"Add.")
     file.write_bytes(content[:offset] + b"\xff" + content[offset:])
-    with pytest.raises(DataError, match=rf"{file} is not UTF-8: byte 0xff at byte offset {offset}\n"):
+    with pytest.raises(DataError, match=rf"{file} is not UTF-8: byte 0xff at byte offset {offset}\b"):
         read(source, str(file))
 
 
@@ -282,6 +280,19 @@ def test_a_damaged_archive_is_named(tmp_path):
         read("jsonl", str(file))
 
 
+def test_an_archive_with_damaged_content_is_named(tmp_path):
+    file = tmp_path / "rows.jsonl.gz"
+    packed = gzip.compress(json.dumps(ROWS[0]).encode() * 100)
+    file.write_bytes(packed[:10] + b"\xff" * 20 + packed[30:])  # behind the header: zlib's own error
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be read as jsonl: Error -3"):
+        read("jsonl", str(file))
+
+
+def test_files_are_missed_under_the_key_that_should_name_them():
+    with pytest.raises(ConfigError, match=r"dataset\.val_data_files: is None.*\n  try: dataset\.val_data_files="):
+        opened("json", files_key="dataset.val_data_files")
+
+
 def test_a_folder_gives_its_files_of_the_format_by_name(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl"):
@@ -321,6 +332,63 @@ def test_allowed_faults_cost_their_rows_alone_and_numbers_stay(tmp_path):
     assert [(p.kind, p.row) for p in refusal.problems] == [
         *(("broken_json", 1), ("duplicate_key", 2), ("nan_literal", 3), ("wrong_type", 4))
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad"),
+    [
+        ("duplicate_key", '{"output": {"a": 1, "a": [2]}}'),
+        ("nan_literal", '{"output": NaN, "input": "]"}'),
+        ("broken_json", '{"output": ' + "1" * 5000 + "}"),
+    ],
+)
+@pytest.mark.parametrize("between", ["\n", ",\n"])
+def test_a_row_that_is_unfit_costs_itself_alone(tmp_path, kind, bad, between):
+    file, rows = tmp_path / "rows.json", [json.dumps(ROWS[0]), bad, json.dumps(ROWS[1])]
+    file.write_text(between.join(rows) if between == "\n" else f"[{between.join(rows)}]")
+    refusal = Refusal([kind])
+    assert [number for number, _ in numbered("json", str(file), refusal)] == [0, 2]
+    [problem] = refusal.problems
+    assert (problem.kind, problem.row) == (kind, 1)
+    assert f"{file}:2:" in problem.message
+
+
+@pytest.mark.parametrize("bad", [b'{"output" 1}', b'{"output": "\xff"}'])
+def test_what_parts_an_array_from_its_rest_is_allowed_by_its_own_name_alone(tmp_path, bad):
+    file, row = tmp_path / "rows.json", json.dumps(ROWS[0]).encode()
+    file.write_bytes(b"[" + b",\n".join([row, bad, row]) + b"]")
+    with pytest.raises(DataError, match="the rows of the array from there on cannot be read"):
+        numbered("json", str(file), Refusal(["broken_json", "invalid_utf8"]))
+    refusal = Refusal(["broken_array"])
+    assert [number for number, _ in numbered("json", str(file), refusal)] == [0]
+    assert [(problem.kind, problem.row) for problem in refusal.problems] == [("broken_array", 1)]
+
+
+def test_a_row_of_several_lines_goes_with_any_of_them(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b'instruction,input,output\nq,"one\ntw\xff\nthree",a\nq,,b\n')
+    refusal = Refusal(["invalid_utf8"])
+    assert [(number, row["output"]) for number, row in numbered("csv", str(file), refusal)] == [(1, "b")]
+    [problem] = refusal.problems
+    assert problem.row == 0
+    assert "at byte offset 34" in problem.message
+    file.write_bytes(b"instruction,input,output,na\xffme\nq,,b,c\n")
+    with pytest.raises(DataError, match="byte 0xff at byte offset 27"):
+        numbered("csv", str(file), Refusal(["invalid_utf8"]))
+
+
+@pytest.mark.parametrize(("source", "left"), [("text", {0: "one", 2: "three"}), ("documents", {1: "four"})])
+def test_a_text_that_is_no_utf8_is_left_out_whole(tmp_path, source, left):
+    (tmp_path / "a.txt").write_bytes(
+        b"\xef\xbb\xbfone\ntw\xff\nthree" if source == "documents" else b"one\n\xff\nthree"
+    )
+    (tmp_path / "b.txt").write_text("four" if source == "documents" else "")
+    refusal = Refusal(["invalid_utf8"])
+    chunks = opened(source, str(tmp_path)).chunks(None, refusal)
+    assert {number: row["text"] for chunk in chunks for number, row in chunk.rows} == left
+    [problem] = refusal.problems
+    assert problem.row == (0 if source == "documents" else 1)
+    assert f"at byte offset {9 if source == 'documents' else 4}\n" in problem.message
 
 
 @pytest.mark.parametrize("source", ["json", "jsonl", "csv"])
@@ -452,7 +520,7 @@ ROW = {"output": "a text", "lang": "en", "score": 3, "tags": ["a", "b"], "none":
     ],
 )
 def test_an_expression_keeps_what_it_says(expression, keeps):
-    assert Filter(expression).keeps(ROW, "row 0") is keeps
+    assert Filter(expression).keeps(ROW) is keeps
 
 
 @pytest.mark.parametrize(
@@ -463,14 +531,20 @@ def test_an_expression_keeps_what_it_says(expression, keeps):
     ],
 )
 def test_an_expression_can_do_nothing_but_look_at_a_row(expression):
-    with pytest.raises((ConfigError, DataError), match=r"dataset\.filter"):
-        Filter(expression).keeps(ROW, "row 0")
+    with pytest.raises((ConfigError, BadRow), match=r"dataset\.filter"):
+        Filter(expression).keeps(ROW)
 
 
-def test_an_expression_that_does_not_apply_names_the_row():
-    with pytest.raises(DataError, match=r"row 7 has no column 'absent'; columns found: output, lang"):
-        Filter("absent > 1").keeps(ROW, "row 7")
-    with pytest.raises(DataError, match=r"does not apply to row 7: .*NoneType"):
-        Filter("none > 1").keeps(ROW, "row 7")
-    with pytest.raises(DataError, match="is no number"):
-        Filter("output * 1000000000 == ''").keeps(ROW, "row 7")
+@pytest.mark.parametrize(
+    ("expression", "row", "kind", "said"),
+    [
+        ("absent > 1", ROW, "missing_field", "has no column 'absent', .*columns found: output, lang"),
+        ("none > 1", ROW, "wrong_type", "'none > 1' does not apply to it: .*NoneType"),
+        ("output * 1000000000 == ''", ROW, "wrong_type", "is no number"),
+        ("output == ''", ["output"], "wrong_type", "is a list, not an object with fields"),
+    ],
+)
+def test_a_row_that_an_expression_does_not_apply_to_is_a_bad_one(expression, row, kind, said):
+    with pytest.raises(BadRow, match=said) as caught:
+        Filter(expression).keeps(row)
+    assert caught.value.kind == kind
