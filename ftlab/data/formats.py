@@ -141,8 +141,6 @@ _ROLES = {
     **{"function_call": "assistant"},
     **{"tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool"},
 }
-
-
 _OWN_KEYS = ("role", "from", "content", "value", "weight")
 
 
@@ -155,9 +153,7 @@ def _message(entry: Any, i: int) -> Message:
     role = _ROLES.get(said) if isinstance(said, str) else None
     if role is None:
         raise BadRow("bad_conversation", f"message {i} has the role {said!r}; known are {', '.join(_ROLES)}")
-    extra = {
-        k: v for k, v in entry.items() if k not in ("role", "from", "content", "value", "weight") and v is not None
-    }
+    extra = {k: v for k, v in entry.items() if k not in _OWN_KEYS and v is not None}
     if content is None and extra.get("tool_calls"):
         content = ""
     if isinstance(content, Sequence) and not isinstance(content, str):  # OpenAI's list of parts

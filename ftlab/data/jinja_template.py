@@ -34,8 +34,6 @@ class JinjaTemplate:
         path: the template's file; null: the one that came with the tokenizer.
     """
 
-    markers = ()
-
     def __init__(self, *, path: str | None):
         self.path = path
         self.source = self._read(path)
@@ -80,7 +78,6 @@ class _Span(NamedTuple):
 class BoundJinja:
     """A Jinja chat template and the control tokens that it may spell."""
 
-    markers = ()
     literal = True  # its parts are split at control tokens already: in the rest, nothing is one
 
     def __init__(self, source: str, tokenizer: Tokenizer):

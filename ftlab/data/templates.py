@@ -2,7 +2,7 @@
 
 A template turns messages into *parts*, and says of each which message it is: from that alone follow the tokens
 that are trained, and where a prompt ends. Control tokens are parts of their own, so that no text of a row can
-become one. A template of your own is one class with ``parts``, or a Jinja file (``jinja.py``).
+become one. A template of your own is one class with ``parts``, or a Jinja file (``jinja_template.py``).
 """
 
 from __future__ import annotations
@@ -39,13 +39,7 @@ def control(token: str, message: int | None = None) -> Part:
 
 
 class Template(Protocol):
-    """Anything that renders conversations; chosen by dotted path in ``dataset.template._target_``.
-
-    Attributes:
-        markers: texts that only a rendered conversation has; in a row they tell of a template applied before.
-    """
-
-    markers: tuple[str, ...]
+    """Anything that renders conversations; chosen by dotted path in ``dataset.template._target_``."""
 
     def parts(self, conversation: Conversation) -> list[Part]: ...
 
@@ -57,7 +51,6 @@ class AlpacaTemplate:
     exact prefix of the sample's. Without it about 6 % of Alpaca's answers merge into the prompt's last token.
     """
 
-    markers = ("### Instruction:", "### Response:")
     _END = "\n"
     _WITH_INPUT = (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -91,8 +84,6 @@ class StanfordAlpacaTemplate(AlpacaTemplate):
 class PlainTemplate:
     """Question and answer one after the other, with nothing around them; a text alone is one as well."""
 
-    markers = ()
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """BOS, whatever the messages say, EOS."""
         messages = conversation.messages
@@ -102,8 +93,6 @@ class PlainTemplate:
 
 class ChatMLTemplate:
     """OpenAI's ChatML, as Qwen and SmolLM have it: any roles in any order, no BOS."""
-
-    markers = ("<|im_start|>", "<|im_end|>")
 
     def parts(self, conversation: Conversation) -> list[Part]:
         """``<|im_start|>role``, content ``<|im_end|>``, line by line."""
@@ -117,8 +106,6 @@ class ChatMLTemplate:
 class Llama3Template:
     """Llama 3's: any roles in any order, contents stripped. (3.1's own also tells the date.)"""
 
-    markers = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """A header with the role, a blank line, the content, ``<|eot_id|>``."""
         parts = [control(BOS)]
@@ -130,8 +117,6 @@ class Llama3Template:
 
 class Llama2ChatTemplate:
     """Llama 2 Chat's: BOS and EOS around each exchange, the system message inside the first question."""
-
-    markers = ("[INST]", "[/INST]", "<<SYS>>")
 
     def parts(self, conversation: Conversation) -> list[Part]:
         """``[INST] question [/INST]``, then a space, the answer, a space."""
@@ -148,8 +133,6 @@ class Llama2ChatTemplate:
 class MistralTemplate:
     """Mistral 7B Instruct's first: one BOS, EOS after each answer, the system message before the first question."""
 
-    markers = ("[INST]", "[/INST]")
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """``[INST] question [/INST]``, then the answer."""
         parts = [control(BOS)]
@@ -165,8 +148,6 @@ class MistralTemplate:
 class GemmaTemplate:
     """Gemma's: the assistant is the "model", contents are stripped, the system message opens the first question."""
 
-    markers = ("<start_of_turn>", "<end_of_turn>")
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """``<start_of_turn>role``, content ``<end_of_turn>``, line by line."""
         parts = [control(BOS)]
@@ -180,8 +161,6 @@ class GemmaTemplate:
 
 class PhiTemplate:
     """Phi-3's: a token for each role, ``<|end|>`` after each content, EOS after the last."""
-
-    markers = ("<|user|>", "<|assistant|>", "<|end|>")
 
     def parts(self, conversation: Conversation) -> list[Part]:
         """``<|role|>``, a newline, content ``<|end|>``, line by line."""
