@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from ftlab import IGNORE_INDEX
 from ftlab.data.batch import collate
 from ftlab.data.dataset import AlpacaDataset, Dataset
-from ftlab.data.formats import Instruct, Message
+from ftlab.data.formats import Chat, Instruct, Message, Text
 from ftlab.data.loader import BatchLoader
 from ftlab.data.mixture import Mixture
 from ftlab.data.split import draw_validation
-from ftlab.data.templates import BOS, EOS, AlpacaTemplate, Part, StanfordAlpacaTemplate, control
+from ftlab.data.templates import BOS, EOS, START, AlpacaTemplate, Part, StanfordAlpacaTemplate, control
 from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from ftlab.errors import ConfigError, DataError
 
@@ -27,6 +27,18 @@ class PlainTemplate:
         question, answer = conversation.messages
         prompt = f"{question.content}{question.context}:"
         return [control(BOS), Part(prompt, 0), Part(answer.content, 1), control(EOS, 1)]
+
+
+class Turns:
+    """Messages one after the other, each with an EOS."""
+
+    def parts(self, conversation):
+        said = [(Part(message.content, i), control(EOS, i)) for i, message in enumerate(conversation.messages)]
+        return [control(START), *(part for parts in said for part in parts)]
+
+
+class WithoutBos(ByteTokenizer):
+    bos_id = None
 
 
 @pytest.fixture
@@ -178,6 +190,22 @@ def test_an_answer_keeps_its_first_space_with_sentencepiece_too(make):
 def test_render_prompt_is_what_the_samples_were_made_with(make):
     dataset = make(rows(1), template=AlpacaTemplate(), seq_len=256)
     assert dataset.train.prompt_tokens(0) == dataset.encoder().prompt([Message("user", "q0")])
+
+
+def test_a_prompt_has_a_token_where_no_bos_begins_the_row(make):
+    plain = {"format": Text(), "template": Turns(), "column_map": {"text": "text"}, "tokenizer": WithoutBos()}
+    data = make([{"text": "abc"}], **plain, train_on_input=True).train
+    assert (ByteTokenizer().decode(data.prompt_tokens(0)), data.answer(0)) == ("a", "bc")
+    cut = make([LONG], seq_len=6, too_long="truncate_left", tokenizer=WithoutBos()).train
+    assert (ByteTokenizer().decode(cut.prompt_tokens(0)), cut.answer(0)) == ("5", "6789")
+
+
+def test_a_reference_ends_where_its_answer_does(make):
+    said = [("user", "hi"), ("assistant", "yo"), ("user", "thanks")]
+    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    columns = {"messages": "messages"}
+    data = make([row], format=Chat(last_turn_only=False), template=Turns(), column_map=columns).train
+    assert (ByteTokenizer().decode(data.prompt_tokens(0)), data.answer(0)) == ("hi", "yo")
 
 
 # ---- too long --------------------------------------------------------------------------------------------

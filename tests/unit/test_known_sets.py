@@ -70,7 +70,8 @@ SETS = {
         "Bye",
     ),
     "oasst": (oasst_rows(), "so", "well"),
-    "cnn_dailymail": ([{"article": "It rained.", "highlights": "Rain.", "id": "1"}], "It rained.", ""),
+    # This tokenizer has no BOS: a text goes on from its first token.
+    "cnn_dailymail": ([{"article": "It rained.", "highlights": "Rain.", "id": "1"}], "t rained.", "I"),
     "wikitext": ([{"page": " = Rain = \n It falls ."}], " = Rain = \n It falls .", ""),
 }
 
