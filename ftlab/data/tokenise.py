@@ -189,7 +189,7 @@ class _Samples:
             self.marks[row] |= Mark.DROPPED
         elif not pieces:
             self.marks[row] |= Mark.ANSWERLESS
-        elif recipe.too_long == "truncate":
+        elif recipe.too_long in ("truncate", "truncate_keep_eos") and pieces[0].tokens[-1] != encoded.end_ids[row]:
             self.marks[row] |= Mark.EOS_CUT
         return pieces
 
