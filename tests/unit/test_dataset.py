@@ -105,8 +105,8 @@ def alpaca_rows(shared_data):
     return json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
 
 
-def rows(n):
-    return [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(n)]
+def rows(n, first=0):
+    return [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(first, first + n)]
 
 
 def learned_text(dataset, index):
@@ -407,18 +407,19 @@ def test_packs_hold_the_same_samples(make, packing):
 
 @pytest.fixture
 def mix(make, tmp_path):
-    """A mixture of two sets, of 10 and 30 rows."""
+    """A mixture of two sets, of 10 and 30 rows; ``shared`` of them are in both."""
 
-    def mix_(weights, **changes):
-        def set_of(n):
+    def mix_(weights, *, shared=0, epoch_rows=None, inspecting=False, **changes):
+        def set_of(n, first):
             def make_set(**runtime):
-                shared = {key: runtime[key] for key in ("tokenizer", "seq_len", "first_id", "inspecting")}
-                return make(rows(n), **shared | changes)
+                given = {key: runtime[key] for key in ("tokenizer", "seq_len", "first_id", "inspecting")}
+                return make(rows(n, first), **given | changes)
 
             return make_set
 
-        values = {"source": "mixture", "sets": {"a": set_of(10), "b": set_of(30)}, "epoch_rows": None, "shuffle": True}
+        values = {"source": "mixture", "sets": {"a": set_of(10, 0), "b": set_of(30, 10 - shared)}, "shuffle": True}
         values |= {"group_by_length": False, "tokenizer": ByteTokenizer(), "seq_len": 64, "seed": 0}
+        values |= {"epoch_rows": epoch_rows, "inspecting": inspecting}
         return Mixture(**values, weights=weights, cache_dir=tmp_path / "cache", progress=None)
 
     return mix_
@@ -463,6 +464,43 @@ def test_a_mixtures_validation_rows_are_those_of_all_sets(mix):
     assert len(data.validation) == 1 + 3
     assert data.validation.sample_id(0) < 10 <= data.validation.sample_id(1)
     assert data.validation.answer(1).startswith("a")
+
+
+def test_a_mixture_that_trains_on_its_own_validation_rows_is_stopped(mix):
+    options = {"shared": 10, "val_fraction": 0.3}
+    found = [str(finding) for finding in mix({"a": 1, "b": 1}, **options, inspecting=True).findings]
+    assert any("of 3 a's validation (and b's train) rows: the same row is trained on and" in line for line in found)
+    with pytest.raises(
+        DataError, match=r"^dataset\.sets\.a: .*validated with .*\n.*dataset\.sets\.a\.allow=\[in_train"
+    ):
+        mix({"a": 1, "b": 1}, **options)
+    allowed = mix({"a": 1, "b": 1}, **options, allow=["in_train_and_validation"])
+    assert any("a's validation (and b's train)" in warning for warning in allowed.report["warnings"])
+
+
+def test_a_set_that_an_epoch_has_no_row_of_is_refused(mix):
+    with pytest.raises(
+        ConfigError, match=r"dataset\.weights\.b: 0\.01 of 1\.01 is no row of an epoch's 20: b"
+    ) as caught:
+        mix({"a": 1, "b": 0.01}, epoch_rows=20)
+    assert caught.value.fix.startswith("dataset.epoch_rows=101")
+    assert mix({"a": 1, "b": 0.01}, epoch_rows=101).train.counts == [100, 1]
+
+
+def test_what_is_wrong_with_a_set_is_told_with_its_keys_in_the_mixture(mix):
+    with pytest.raises(
+        ConfigError, match=r"^dataset\.sets\.a\.val_fraction: .*\n  try: dataset\.sets\.a\.val_fraction=0"
+    ):
+        mix({"a": 1, "b": 1}, val_fraction=1.5)
+    with pytest.raises(DataError, match=r"^dataset\.sets\.a\.too_long: .*\n.*, or dataset\.sets\.a\.too_long=truncate"):
+        mix({"a": 1, "b": 1}, too_long="error", seq_len=4)
+
+    class Useless(PlainTemplate):
+        def bound_to(self, tokenizer):
+            raise ConfigError("dataset.template", "is of no use", "dataset=chat")
+
+    with pytest.raises(ConfigError, match=r"^dataset\.sets\.a\.template: .*\n  try: dataset@dataset\.sets\.a=chat$"):
+        mix({"a": 1, "b": 1}, template=Useless())
 
 
 @pytest.mark.parametrize("weights", [{"a": 1}, {"a": 1, "b": 0}, {"a": 1, "b": -1}, {"a": 1, "b": 1, "c": 1}])
