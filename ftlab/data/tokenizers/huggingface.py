@@ -50,7 +50,7 @@ class HuggingFaceTokenizer:
         self._hf, names = _open(file)
         self._config = _config_beside(file.parent)
         names |= _names_beside(self._hf, self._config, file.parent)
-        _declare_specials(self._hf, self._config, names)
+        _declare_specials(self._hf, self._config, names, file.parent)
         n_known = _n_ids(self._hf)
         self._hf.add_tokens([AddedToken(token, normalized=False) for token in added_tokens])
         self._hf.add_special_tokens([AddedToken(token, normalized=False) for token in added_special_tokens])
@@ -199,14 +199,23 @@ def _names_beside(tokenizer: HFTokenizer, config: Mapping[str, Any], folder: Pat
     return names
 
 
-def _declare_specials(tokenizer: HFTokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def _declare_specials(
+    tokenizer: HFTokenizer, config: Mapping[str, Any], names: Mapping[str, str], folder: Path
+) -> None:
     """Make special what the configuration calls so, though tokenizer.json does not; as transformers does."""
     known = tokenizer.get_added_tokens_decoder()
-    listed = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    try:
+        listed = {
+            int(i): AddedToken(token["content"], **{flag: token.get(flag, False) for flag in flags})
+            for i, token in (config.get("added_tokens_decoder") or {}).items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = f"the added_tokens_decoder in {folder / TOKENIZER_CONFIG} holds no tokens by id: {error!r}"
+        raise ConfigError(KEY, problem, f"{KEY}=/path/to/a/complete/tokenizer") from error
     for i, token in sorted(listed.items()):
-        flags = {key: token.get(key, False) for key in ("lstrip", "rstrip", "single_word", "normalized", "special")}
-        if i not in known or known[i].content != token["content"] or known[i].special != flags["special"]:
-            tokenizer.add_tokens([AddedToken(token["content"], **flags)])
+        if i not in known or known[i].content != token.content or known[i].special != token.special:
+            tokenizer.add_tokens([token])
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     for name in names.values():
         if name not in special and tokenizer.token_to_id(name) is not None:
