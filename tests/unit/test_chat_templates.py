@@ -258,6 +258,17 @@ def test_tool_turns_pass_through():
     assert json.dumps(call) in ours.decode(row.tokens[row.trained].tolist())
 
 
+def test_characters_of_private_use_are_characters_to_a_template_that_marks_its_answers():
+    _, ours, _ = family("chatml")
+    own = JinjaTemplate(path=None)
+    own.source = CHATML
+    for text in ("icon \ue006 here", "\ue007", "\ue006 the \ue007"):
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "the"}]
+        row, wanted = (encoded(template, ours, messages) for template in (own, ChatMLTemplate()))
+        assert row.tokens.tolist() == wanted.tokens.tolist()
+        assert row.trained.tolist() == wanted.trained.tolist()
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
