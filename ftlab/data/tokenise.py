@@ -27,12 +27,13 @@ from ftlab.data.store import Mark, StoreWriter
 from ftlab.data.templates import Template
 from ftlab.data.tokenizers import Tokenizer
 
-# A rendered conversation's signs. Those of one or two characters more than HTML's <s> are no accident in a row.
+# A rendered conversation's signs, which are no accident in a row.
 _MARKERS = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<|begin_of_text|>", "<|endoftext|>"),
     *("<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "### Instruction:\n", "### Response:"),
     *("<|user|>", "<|assistant|>"),
 )
+# At the start of a row. HTML has the first of them too, but not in many rows of a set.
 _BOS_TEXTS = ("<s>", "<|begin_of_text|>", "<bos>")
 
 
@@ -124,7 +125,7 @@ class Tokeniser:
                 if ("<" in text or "[" in text or "###" in text) and any(marker in text for marker in _MARKERS):
                     marks[i] |= Mark.DOUBLE_TEMPLATE
             if conversation.messages[0].text.startswith(_BOS_TEXTS):
-                marks[i] |= Mark.DOUBLE_BOS
+                marks[i] |= Mark.DOUBLE_TEMPLATE
         return marks
 
 
