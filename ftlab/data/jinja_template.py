@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,10 +100,7 @@ class BoundJinja:
     def parts(self, conversation: Conversation) -> list[Part]:
         """What the template renders, cut at control tokens and at the borders of the assistant's messages."""
         messages = [self._hide(_as_dict(message)) for message in conversation.messages]
-        tools = conversation.tools
-        if isinstance(tools, str):
-            tools = json.loads(tools)
-        variables = {"tools": self._hide(tools)} if tools else {}
+        variables = {"tools": self._hide(conversation.tools)} if conversation.tools else {}
         if self._marked is not None:
             text, spans = self._by_generation_blocks(conversation.messages, messages, variables)
         else:

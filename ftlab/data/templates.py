@@ -70,7 +70,7 @@ class AlpacaTemplate:
 
     def parts(self, conversation: Conversation) -> list[Part]:
         """One question and its answer."""
-        question, answer = _single_turn(conversation.messages)
+        question, answer = _single_turn(spoken(conversation))
         prompt = self.render(question.content, question.context)
         return [control(START), Part(prompt, 0), Part(answer.content, 1), control(EOS, 1)]
 
@@ -86,9 +86,9 @@ class PlainTemplate:
 
     def parts(self, conversation: Conversation) -> list[Part]:
         """BOS, whatever the messages say, EOS."""
-        messages = conversation.messages
-        spoken = [Part(message.text, i) for i, message in enumerate(messages)]
-        return [control(START), *spoken, control(EOS, len(messages) - 1)]
+        messages = spoken(conversation)
+        said = [Part(message.text, i) for i, message in enumerate(messages)]
+        return [control(START), *said, control(EOS, len(messages) - 1)]
 
 
 class ChatMLTemplate:
@@ -97,7 +97,7 @@ class ChatMLTemplate:
     def parts(self, conversation: Conversation) -> list[Part]:
         """``<|im_start|>role``, content ``<|im_end|>``, line by line."""
         parts = []
-        for i, message in enumerate(conversation.messages):
+        for i, message in enumerate(spoken(conversation)):
             parts += [control("<|im_start|>"), Part(f"{message.role}\n"), Part(message.text, i)]
             parts += [control("<|im_end|>", i), Part("\n")]
         return parts
@@ -109,7 +109,7 @@ class Llama3Template:
     def parts(self, conversation: Conversation) -> list[Part]:
         """A header with the role, a blank line, the content, ``<|eot_id|>``."""
         parts = [control(BOS)]
-        for i, message in enumerate(conversation.messages):
+        for i, message in enumerate(spoken(conversation)):
             parts += [control("<|start_header_id|>"), Part(message.role), control("<|end_header_id|>"), Part("\n\n")]
             parts += [Part(message.text.strip(), i), control("<|eot_id|>", i)]
         return parts
@@ -121,7 +121,7 @@ class Llama2ChatTemplate:
     def parts(self, conversation: Conversation) -> list[Part]:
         """``[INST] question [/INST]``, then a space, the answer, a space."""
         parts = []
-        for i, message, system in alternating(conversation.messages):
+        for i, message, system in alternating(spoken(conversation)):
             if message.role == "user":
                 told = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system is not None else ""
                 parts += [control(BOS), Part("[INST] "), Part(f"{told}{message.text}".strip(), i), Part(" [/INST]")]
@@ -136,7 +136,7 @@ class MistralTemplate:
     def parts(self, conversation: Conversation) -> list[Part]:
         """``[INST] question [/INST]``, then the answer."""
         parts = [control(BOS)]
-        for i, message, system in alternating(conversation.messages):
+        for i, message, system in alternating(spoken(conversation)):
             if message.role == "user":
                 told = f"{system}\n\n" if system is not None else ""
                 parts += [Part("[INST] "), Part(f"{told}{message.text}", i), Part(" [/INST]")]
@@ -151,7 +151,7 @@ class GemmaTemplate:
     def parts(self, conversation: Conversation) -> list[Part]:
         """``<start_of_turn>role``, content ``<end_of_turn>``, line by line."""
         parts = [control(BOS)]
-        for i, message, system in alternating(conversation.messages):
+        for i, message, system in alternating(spoken(conversation)):
             told = f"{system}\n\n" if system is not None else ""
             role = "user" if message.role == "user" else "model"
             parts += [control("<start_of_turn>"), Part(f"{role}\n"), Part(f"{told}{message.text.strip()}", i)]
@@ -165,13 +165,28 @@ class PhiTemplate:
     def parts(self, conversation: Conversation) -> list[Part]:
         """``<|role|>``, a newline, content ``<|end|>``, line by line."""
         parts = []
-        for i, message in enumerate(conversation.messages):
+        for i, message in enumerate(spoken(conversation)):
             if message.role == "tool":
                 raise BadRow("bad_conversation", f"message {i} is a tool's, which this template has no place for")
             parts += [control(f"<|{message.role}|>"), Part("\n")]
             parts += [Part(message.text, i), control("<|end|>", i), Part("\n")]
         # Not the model's to write: generation ends with <|end|>, and what follows it was never predicted.
         return [*parts, control(EOS)]
+
+
+def spoken(conversation: Conversation) -> list[Message]:
+    """The messages, for a template that renders their words and nothing else.
+
+    Raises:
+        BadRow: where there are tools or calls of them, which would be lost without a word.
+    """
+    calling = next((i for i, message in enumerate(conversation.messages) if message.tool_calls), None)
+    if conversation.tools or calling is not None:
+        has = "tools" if calling is None else f"tool calls in message {calling}"
+        problem = f"has {has}, which this template has no place for"
+        fix = "dataset=chat_own_template" + (", or dataset.column_map.tools=null" if calling is None else "")
+        raise BadRow("bad_conversation", problem, fix)
+    return conversation.messages
 
 
 def _single_turn(messages: Sequence[Message]) -> tuple[Message, Message]:
@@ -193,6 +208,8 @@ def alternating(messages: Sequence[Message]) -> Iterator[tuple[int, Message, str
     """
     system = messages[0].text if messages[0].role == "system" else None
     skipped = int(system is not None)
+    if len(messages) == skipped:
+        raise BadRow("bad_conversation", "has a system message and nothing that follows it")
     for place, message in enumerate(messages[skipped:]):
         expected = "assistant" if place % 2 else "user"
         if message.role != expected:

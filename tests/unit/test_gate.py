@@ -9,6 +9,7 @@ import pytest
 
 from ftlab.data.dataset import Dataset
 from ftlab.data.formats import Chat, Instruct
+from ftlab.data.jinja_template import JinjaTemplate
 from ftlab.data.problems import BLOCKING, KINDS
 from ftlab.data.samples import Samples
 from ftlab.data.show import examples, sample_html, shown
@@ -231,6 +232,22 @@ def test_html_that_looks_like_bos_stops_no_run_and_a_set_that_begins_with_bos_do
     assert len(inspect(rows, inspecting=False).train) == 201
     with pytest.raises(DataError, match="already contains a prompt template"):
         inspect([row | {"instruction": f"<s>{row['instruction']}"} for row in rows], inspecting=False)
+
+
+def test_calls_of_tools_make_a_row_another_and_an_answer_not_empty(inspect):
+    def chat(called, **said):
+        call = {"tool_calls": [{"type": "function", "function": {"name": called, "arguments": "{}"}}]} if called else {}
+        answer = {"role": "assistant", "content": "", **call, **said}
+        return {"messages": [{"role": "user", "content": "do"}, answer]}
+
+    rows = [chat("a", id=1), chat("b", id=2), chat("a", id=3), chat(None, name="bot")]
+    options = {"format": Chat(last_turn_only=False), "column_map": {"messages": "messages", "tools": None}}
+    template = JinjaTemplate(path=None)
+    template.source = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}\n{% endfor %}"
+    found = kinds(inspect(rows, **options, template=template))
+    assert (found["duplicate"], found["empty_output"]) == ([2], [3])
+    found = kinds(inspect(rows, **options, template=PlainTemplate()))
+    assert (found["bad_conversation"], found["empty_output"]) == ([0, 1, 2], [3])
 
 
 def test_padding_with_eos_is_explained_and_harmless(inspect):
