@@ -221,8 +221,9 @@ RULES: dict[str, Rule] = {
     "dataset.data_files": FILES,
     "dataset.column_map.input": Text(optional=True),
     "dataset.column_map.family": Text(optional=True),
-    "dataset.val_fraction": Number(name="share", low=0, below=1, optional=True),
+    "dataset.val_fraction": Number(name="share", low=0, below=1, optional=True, example=0.05),
     "dataset.max_samples": OPTIONAL_COUNT,
+    "dataset.epoch_rows": OPTIONAL_COUNT,
     "dataset.too_long": OneOf(("truncate", "truncate_keep_eos", "truncate_left", "split", "drop", "error")),
     "dataset.window_rows": COUNT,
     "dataset.packing": OneOf(("none", "greedy", "best_fit")),
@@ -290,6 +291,7 @@ RULES: dict[str, Rule] = {
 
 def rule_for(key: str, default: Any) -> Rule | None:
     """The rule of the table, else one for the default's type; None when the default tells no type."""
+    key = re.sub(r"^dataset\.sets\.[^.]+\.", "dataset.", key)  # one of a mixture's sets: as a set alone
     if key in RULES:
         return RULES[key]
     if isinstance(default, str) and "${" in default:

@@ -317,7 +317,7 @@ class Dataset(TrainingData):
         """What ``too_long`` did; everything else is the gate's to say."""
         fate = {
             "truncate": "cut, their EOS too",
-            "truncate_keep_eos": "cut, the EOS put back",
+            "truncate_keep_eos": "cut, the EOS put back where an answer was cut",
             "truncate_left": "cut at their start",
             "split": "split into several samples",
         }.get(self.too_long, "dropped")

@@ -283,7 +283,7 @@ class _Layout:
 
         row_starts = np.asarray(self._row_starts)
         offsets = np.append(np.concatenate([[0], ends])[row_starts], len(tokens))
-        trained[offsets[:-1]] = False
+        trained[offsets[:-1][offsets[:-1] < offsets[1:]]] = False  # a template may make nothing of a row
         answer_runs = np.asarray(self._answer_runs)
         begins = np.concatenate([[0], run_ends])[np.maximum(answer_runs, 0)] - offsets[:-1]
         merged = np.zeros(len(row_starts), dtype=bool)

@@ -6,6 +6,7 @@ one of your own, write a class with ``fields`` and ``conversation`` and name it 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +40,11 @@ class Message(NamedTuple):
     def text(self) -> str:
         """Content and context as one text, for templates that have no place for the latter."""
         return f"{self.content}\n\n{self.context}" if self.context else self.content
+
+    @property
+    def tool_calls(self) -> Any:
+        """What it calls in place of words, or beside them, as the set has it."""
+        return self.extra.get("tool_calls") if self.extra else None
 
 
 class Conversation(NamedTuple):
@@ -131,7 +137,7 @@ class Chat:
         if self.last_turn_only:
             last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
             messages = [m._replace(trained=m.trained and i == last) for i, m in enumerate(messages)]
-        return Conversation(messages, row.get("family"), row.get("tools"))
+        return Conversation(messages, row.get("family"), _tools(row.get("tools")))
 
 
 _ROLES = {
@@ -141,9 +147,19 @@ _ROLES = {
     **{"function_call": "assistant"},
     **{"tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool"},
 }
-
-
 _OWN_KEYS = ("role", "from", "content", "value", "weight")
+
+
+def _tools(value: Any) -> Sequence[Any] | None:
+    """A row's tools, a list or the JSON text of one; an empty text is none, as in a CSV."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRow("wrong_type", f"the tools of {{row}} are text that is no JSON: {error}") from error
+    if value and not isinstance(value, list):
+        raise BadRow("wrong_type", f"the tools of {{row}} must be a list, or one as JSON text, but are {_kind(value)}")
+    return value or None
 
 
 def _message(entry: Any, i: int) -> Message:
@@ -155,9 +171,7 @@ def _message(entry: Any, i: int) -> Message:
     role = _ROLES.get(said) if isinstance(said, str) else None
     if role is None:
         raise BadRow("bad_conversation", f"message {i} has the role {said!r}; known are {', '.join(_ROLES)}")
-    extra = {
-        k: v for k, v in entry.items() if k not in ("role", "from", "content", "value", "weight") and v is not None
-    }
+    extra = {k: v for k, v in entry.items() if k not in _OWN_KEYS and v is not None}
     if content is None and extra.get("tool_calls"):
         content = ""
     if isinstance(content, Sequence) and not isinstance(content, str):  # OpenAI's list of parts

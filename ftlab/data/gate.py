@@ -13,7 +13,7 @@ from ftlab.data.store import Mark
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import DataError
 
-__all__ = ["Finding", "Part", "find", "stop_or_tell"]
+__all__ = ["Finding", "Part", "find", "on_both_sides", "stop_or_tell"]
 
 _SHOWN_ROWS = 10
 _TOLD_OTHERWISE = ("pad_is_eos", "too_long", "eos_cut")  # a note, and what Dataset says with the policy's name
@@ -70,7 +70,8 @@ def find(parts: Sequence[Part], problems: Sequence[Problem], tokenizer: Tokenize
         found += _repeated(part)
         other_end = part.rows & (part.store.row_end_ids >= 0) & (part.store.row_end_ids != tokenizer.eos_id)
         found += _finding("end_is_not_eos", part, part.store.row_numbers[other_end].tolist())
-    found += _on_both_sides(parts)
+    if len(parts) == 2:
+        found += on_both_sides(*parts)
     if tokenizer.pad_id == tokenizer.eos_id:
         found.append(Finding("pad_is_eos", "", [], 0, 0, False))
     return found
@@ -118,14 +119,13 @@ def repeated(digests: np.ndarray) -> np.ndarray:
     return np.sort(order[1:][ordered[1:] == ordered[:-1]])
 
 
-def _on_both_sides(parts: Sequence[Part]) -> Iterator[Finding]:
-    if len(parts) == 2:
-        train, validation = parts
-        known = train.store.row_digests[train.rows]
-        both = np.isin(validation.store.row_digests[validation.rows], known)
-        yield from _finding(
-            "in_train_and_validation", validation, validation.store.row_numbers[validation.rows][both].tolist()
-        )
+def on_both_sides(train: Part, validation: Part) -> Iterator[Finding]:
+    """The rows of ``validation`` that are in ``train`` too, be it of another set."""
+    known = train.store.row_digests[train.rows]
+    both = np.isin(validation.store.row_digests[validation.rows], known)
+    yield from _finding(
+        "in_train_and_validation", validation, validation.store.row_numbers[validation.rows][both].tolist()
+    )
 
 
 def _unreadable(problems: Sequence[Problem]) -> Iterator[Finding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,10 @@ from ftlab.errors import ConfigError, DataError
 from ftlab.storage.disk import read_small_file
 
 _MAX_BYTES = 2**24  # of a template
-_BEGIN, _END = "\ue006", "\ue007"  # around what a template calls the assistant's, private to one rendering
+# Drawn anew in every process: data that spells what is made of it cannot exist yet.
+_NONCE = secrets.token_hex(8)
+_BEGIN, _END = f"\ue006{_NONCE}", f"\ue007{_NONCE}"  # around what a template calls the assistant's
+_HIDDEN, _HIDDEN_PATTERN = f"\ue000{_NONCE}:{{}}\ue001", re.compile(f"\ue000{_NONCE}:(\\d+)\ue001")
 _GENERATION = re.compile(r"(\{%[-+]?\s*generation\s*(-?)\+?%\}\n?)")
 _ENDGENERATION = re.compile(r"(?:^[ \t]*)?\{%(-?)\+?\s*endgeneration", re.MULTILINE)
 
@@ -33,8 +35,6 @@ class JinjaTemplate:
     Args:
         path: the template's file; null: the one that came with the tokenizer.
     """
-
-    markers = ()
 
     def __init__(self, *, path: str | None):
         self.path = path
@@ -80,7 +80,6 @@ class _Span(NamedTuple):
 class BoundJinja:
     """A Jinja chat template and the control tokens that it may spell."""
 
-    markers = ()
     literal = True  # its parts are split at control tokens already: in the rest, nothing is one
 
     def __init__(self, source: str, tokenizer: Tokenizer):
@@ -95,18 +94,13 @@ class BoundJinja:
         longest_first = sorted(tokenizer.specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # What a message spells is hidden while the template renders: only the template's own tokens are control.
-        nonce = secrets.token_hex(8)
+        self._texts = longest_first
         self._numbers = {text: i for i, text in enumerate(longest_first)}
-        self._hidden, self._texts = f"\ue000{nonce}:{{}}\ue001", longest_first
-        self._hidden_pattern = re.compile(f"\ue000{nonce}:(\\d+)\ue001")
 
     def parts(self, conversation: Conversation) -> list[Part]:
         """What the template renders, cut at control tokens and at the borders of the assistant's messages."""
         messages = [self._hide(_as_dict(message)) for message in conversation.messages]
-        tools = conversation.tools
-        if isinstance(tools, str):
-            tools = json.loads(tools)
-        variables = {"tools": self._hide(tools)} if tools else {}
+        variables = {"tools": self._hide(conversation.tools)} if conversation.tools else {}
         if self._marked is not None:
             text, spans = self._by_generation_blocks(conversation.messages, messages, variables)
         else:
@@ -133,7 +127,7 @@ class BoundJinja:
     def _by_generation_blocks(
         self, said: Sequence[Message], messages: Sequence[Mapping[str, Any]], variables: dict[str, Any]
     ) -> tuple[str, list[_Span]]:
-        pieces = re.split(f"([{_BEGIN}{_END}])", self._render(messages, answer=False, marked=True, **variables))
+        pieces = re.split(f"({_BEGIN}|{_END})", self._render(messages, answer=False, marked=True, **variables))
         answers = [i for i, message in enumerate(said) if message.role == "assistant"]
         text = ""
         spans: list[_Span] = []
@@ -193,7 +187,7 @@ class BoundJinja:
         """A copy of what the data says in which nothing spells a control token."""
         match value:
             case str():
-                return self._special.sub(lambda match: self._hidden.format(self._numbers[match[0]]), value)
+                return self._special.sub(lambda match: _HIDDEN.format(self._numbers[match[0]]), value)
             case Mapping():
                 return {key: self._hide(element) for key, element in value.items()}
             case list() | tuple():
@@ -202,7 +196,7 @@ class BoundJinja:
                 return value
 
     def _shown(self, text: str) -> str:
-        return self._hidden_pattern.sub(lambda match: self._texts[int(match[1])], text)
+        return _HIDDEN_PATTERN.sub(lambda match: self._texts[int(match[1])], text)
 
 
 def _as_dict(message: Message) -> dict[str, Any]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlab.data.base import TrainingData
 from ftlab.data.batch import Sample
 from ftlab.data.dataset import Dataset
 from ftlab.data.encode import Encoder
+from ftlab.data.gate import Finding, on_both_sides, stop_or_tell
 from ftlab.data.order import shares
 from ftlab.data.samples import JoinedSamples, MixedRows, Packs, Samples
-from ftlab.errors import ConfigError
+from ftlab.errors import ConfigError, DataError
 
 
 @dataclass(kw_only=True, eq=False)
@@ -42,15 +46,16 @@ class Mixture(TrainingData):
         self.datasets: dict[str, Dataset] = {}
         first_id = 0
         for name, make in self.sets.items():
-            made = make(
-                tokenizer=self.tokenizer,
-                seq_len=self.seq_len,
-                seed=self.seed,
-                cache_dir=self.cache_dir,
-                progress=self.progress,
-                inspecting=self.inspecting,
-                first_id=first_id,
-            )
+            with _told_as(name):
+                made = make(
+                    tokenizer=self.tokenizer,
+                    seq_len=self.seq_len,
+                    seed=self.seed,
+                    cache_dir=self.cache_dir,
+                    progress=self.progress,
+                    inspecting=self.inspecting,
+                    first_id=first_id,
+                )
             self.datasets[name] = made
             first_id += made.n_rows
         sets = list(self.datasets.values())
@@ -64,13 +69,17 @@ class Mixture(TrainingData):
                 problem = "true, but a mixture has to know how many rows each of its sets has"
                 raise ConfigError(f"dataset.sets.{name}.streaming", problem, f"dataset.sets.{name}.streaming=false")
             rows.append(made.train)
-        total = self.epoch_rows or sum(map(len, rows))
-        counts = shares([self.weights[name] for name in self.datasets], total).tolist()
+        counts = self._counts(sum(map(len, rows)) if self.epoch_rows is None else self.epoch_rows)
         self.train = MixedRows(rows, counts)
         held_out = [made.validation for made in sets if isinstance(made.validation, Samples)]
         self.validation = JoinedSamples(held_out) if held_out else None
-        self.findings = [finding for made in sets for finding in made.findings]
+        across = list(self._across_sets())
+        self.findings = [finding for made in sets for finding in made.findings] + [finding for _, finding in across]
         self.report = self._report(self.train, counts)
+        if not self.inspecting:
+            for name, finding in across:
+                with _told_as(name):
+                    self.report["warnings"] += stop_or_tell([finding], self.datasets[name].allow)
 
     def allowed(self) -> list[str]:
         """What any of the sets allows."""
@@ -87,6 +96,30 @@ class Mixture(TrainingData):
     def histograms(self) -> dict[str, dict[str, list[float]]]:
         """How long the rows of every set are."""
         return {name: made.histograms()["train"] for name, made in self.datasets.items()}
+
+    def _counts(self, total: int) -> list[int]:
+        """How many of an epoch's ``total`` rows each set has.
+
+        Raises:
+            ConfigError: for a set that would have none, in this epoch or any other.
+        """
+        weights = [self.weights[name] for name in self.datasets]
+        counts: list[int] = shares(weights, total).tolist()
+        for name, weight, count in zip(self.datasets, weights, counts, strict=True):
+            if not count:
+                needed = math.ceil(sum(weights) / weight)
+                problem = f"{weight:g} of {sum(weights):g} is no row of an epoch's {total}: {name} would never be used"
+                fix = f"dataset.epoch_rows={needed}, or a larger dataset.weights.{name}"
+                raise ConfigError(f"dataset.weights.{name}", problem, fix)
+        return counts
+
+    def _across_sets(self) -> Iterator[tuple[str, Finding]]:
+        """Rows that one set, whose name comes first, validates with and another trains on."""
+        for name, made in self.datasets.items():
+            for other, others in self.datasets.items():
+                for validation in made.parts[1:] if other != name else ():
+                    part = replace(validation, name=f"{name}'s validation (and {other}'s train)")
+                    yield from ((name, finding) for finding in on_both_sides(others.parts[0], part))
 
     def _report(self, train: MixedRows, counts: list[int]) -> dict[str, Any]:
         reports = {name: made.report for name, made in self.datasets.items()}
@@ -123,6 +156,24 @@ class Mixture(TrainingData):
         for name, weight in self.weights.items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
                 raise ConfigError(f"dataset.weights.{name}", f"{weight!r} is not a number above 0", "1.0")
+
+
+@contextmanager
+def _told_as(name: str) -> Iterator[None]:
+    """What is wrong with a set alone, told with the keys that it has as ``name`` in a mixture."""
+    try:
+        yield
+    except ConfigError as error:
+        fix = error.fix and _with_its_keys(error.fix, name)
+        raise ConfigError(_with_its_keys(error.key, name), error.problem, fix) from error
+    except DataError as error:
+        raise DataError(_with_its_keys(str(error), name)) from error
+
+
+def _with_its_keys(text: str, name: str) -> str:
+    # Where a message begins, and in what it offers to type: elsewhere it may be about a file of that name.
+    text = re.sub(r"(?m)(^|try: |, or )dataset=", rf"\1dataset@dataset.sets.{name}=", text)
+    return re.sub(r"(?m)(^|try: |, or )dataset(?=[.:])", rf"\1dataset.sets.{name}", text)
 
 
 def _sum_of(reports: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -50,18 +50,23 @@ class Samples:
         return self._first_id + int(self._store.row_numbers[row])
 
     def prompt_len(self, index: int) -> int:
-        """Leading tokens that the last answer follows, BOS included."""
-        return int(self._store.prompt_lens[self._picks[index]])
+        """Leading tokens that the last answer follows, BOS included.
+
+        At least one, which is never trained: where no BOS begins a text, there is nothing else to go on from.
+        """
+        return max(1, int(self._store.prompt_lens[self._picks[index]]))
 
     def prompt_tokens(self, index: int) -> list[int]:
         """What to generate from."""
         return self.tokens(index)[: self.prompt_len(index)].tolist()
 
     def answer(self, index: int) -> str:
-        """The reference answer, as far as ``too_long`` left it."""
+        """The reference answer, as far as ``too_long`` left it; nothing of what is said after it."""
+        tokens, start = self.tokens(index), self.prompt_len(index)
+        ends = np.flatnonzero(tokens[start:] == self._store.row_end_ids[self._store.sample_rows[self._picks[index]]])
+        spoken = tokens[: start + ends[0]] if len(ends) else tokens
         # Not decode(answer tokens): a SentencePiece decoder drops the space that its first token may begin with.
-        prompt = self._tokenizer.decode(self.prompt_tokens(index))
-        return self._tokenizer.decode(self.tokens(index).tolist())[len(prompt) :]
+        return self._tokenizer.decode(spoken.tolist())[len(self._tokenizer.decode(tokens[:start].tolist())) :]
 
     def family(self, index: int) -> str | None:
         """The kind of task, where the source tells."""

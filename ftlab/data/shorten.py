@@ -22,22 +22,24 @@ def shorten(row: Piece, seq_len: int, policy: TooLong, *, end_id: int, bos_id: i
 
     Args:
         policy: ``truncate`` cuts the end off and what ends the answer with it, so that a cut answer is never taught
-            to stop; ``truncate_keep_eos`` cuts one token more and puts it back; ``truncate_left`` cuts after the
-            BOS; ``split`` makes as many pieces as it takes, each after the first beginning with the last token of
-            the one before, so that every token is a target once; ``drop`` and ``error`` leave nothing.
+            to stop; ``truncate_keep_eos`` cuts one token more and puts it back where an answer was cut, never into
+            a question; ``truncate_left`` cuts after the BOS; ``split`` makes as many pieces as it takes, each after
+            the first beginning with the last token of the one before, so that every token is a target once; ``drop``
+            and ``error`` leave nothing.
         end_id: the token that ends the answer; negative for none.
     """
     tokens, trained, prompt_len = row
     match policy:
-        case "truncate":
-            pieces = [Piece(tokens[:seq_len], trained[:seq_len], min(prompt_len, seq_len))]
-        case "truncate_keep_eos":
-            kept = seq_len - 1 if end_id >= 0 else seq_len
-            if not trained[:kept].any():
-                return []
-            end = np.asarray([end_id] * (seq_len - kept), dtype=tokens.dtype)
-            learned = np.concatenate([trained[:kept], trained[trained > 0][-1:].repeat(len(end))])
-            pieces = [Piece(np.concatenate([tokens[:kept], end]), learned, min(prompt_len, kept))]
+        case "truncate" | "truncate_keep_eos":
+            kept, learned = tokens[:seq_len].copy(), trained[:seq_len].copy()
+            if policy == "truncate_keep_eos" and end_id >= 0:
+                if not learned[:-1].any():
+                    return []
+                # Where all of the prompt is trained, the mask tells questions from answers in the last one alone.
+                told = prompt_len < seq_len - 1 or not trained[1:prompt_len].all()
+                if told and learned[-2] and kept[-2] != end_id:
+                    kept[-1], learned[-1] = end_id, learned[-2]
+            pieces = [Piece(kept, learned, min(prompt_len, seq_len))]
         case "truncate_left":
             bos = int(tokens[0] == bos_id)
             cut = len(tokens) - seq_len

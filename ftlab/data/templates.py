@@ -2,7 +2,7 @@
 
 A template turns messages into *parts*, and says of each which message it is: from that alone follow the tokens
 that are trained, and where a prompt ends. Control tokens are parts of their own, so that no text of a row can
-become one. A template of your own is one class with ``parts``, or a Jinja file (``jinja.py``).
+become one. A template of your own is one class with ``parts``, or a Jinja file (``jinja_template.py``).
 """
 
 from __future__ import annotations
@@ -39,13 +39,7 @@ def control(token: str, message: int | None = None) -> Part:
 
 
 class Template(Protocol):
-    """Anything that renders conversations; chosen by dotted path in ``dataset.template._target_``.
-
-    Attributes:
-        markers: texts that only a rendered conversation has; in a row they tell of a template applied before.
-    """
-
-    markers: tuple[str, ...]
+    """Anything that renders conversations; chosen by dotted path in ``dataset.template._target_``."""
 
     def parts(self, conversation: Conversation) -> list[Part]: ...
 
@@ -57,7 +51,6 @@ class AlpacaTemplate:
     exact prefix of the sample's. Without it about 6 % of Alpaca's answers merge into the prompt's last token.
     """
 
-    markers = ("### Instruction:", "### Response:")
     _END = "\n"
     _WITH_INPUT = (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -77,7 +70,7 @@ class AlpacaTemplate:
 
     def parts(self, conversation: Conversation) -> list[Part]:
         """One question and its answer."""
-        question, answer = _single_turn(conversation.messages)
+        question, answer = _single_turn(spoken(conversation))
         prompt = self.render(question.content, question.context)
         return [control(START), Part(prompt, 0), Part(answer.content, 1), control(EOS, 1)]
 
@@ -91,24 +84,20 @@ class StanfordAlpacaTemplate(AlpacaTemplate):
 class PlainTemplate:
     """Question and answer one after the other, with nothing around them; a text alone is one as well."""
 
-    markers = ()
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """BOS, whatever the messages say, EOS."""
-        messages = conversation.messages
-        spoken = [Part(message.text, i) for i, message in enumerate(messages)]
-        return [control(START), *spoken, control(EOS, len(messages) - 1)]
+        messages = spoken(conversation)
+        said = [Part(message.text, i) for i, message in enumerate(messages)]
+        return [control(START), *said, control(EOS, len(messages) - 1)]
 
 
 class ChatMLTemplate:
     """OpenAI's ChatML, as Qwen and SmolLM have it: any roles in any order, no BOS."""
 
-    markers = ("<|im_start|>", "<|im_end|>")
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """``<|im_start|>role``, content ``<|im_end|>``, line by line."""
         parts = []
-        for i, message in enumerate(conversation.messages):
+        for i, message in enumerate(spoken(conversation)):
             parts += [control("<|im_start|>"), Part(f"{message.role}\n"), Part(message.text, i)]
             parts += [control("<|im_end|>", i), Part("\n")]
         return parts
@@ -117,12 +106,10 @@ class ChatMLTemplate:
 class Llama3Template:
     """Llama 3's: any roles in any order, contents stripped. (3.1's own also tells the date.)"""
 
-    markers = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """A header with the role, a blank line, the content, ``<|eot_id|>``."""
         parts = [control(BOS)]
-        for i, message in enumerate(conversation.messages):
+        for i, message in enumerate(spoken(conversation)):
             parts += [control("<|start_header_id|>"), Part(message.role), control("<|end_header_id|>"), Part("\n\n")]
             parts += [Part(message.text.strip(), i), control("<|eot_id|>", i)]
         return parts
@@ -131,12 +118,10 @@ class Llama3Template:
 class Llama2ChatTemplate:
     """Llama 2 Chat's: BOS and EOS around each exchange, the system message inside the first question."""
 
-    markers = ("[INST]", "[/INST]", "<<SYS>>")
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """``[INST] question [/INST]``, then a space, the answer, a space."""
         parts = []
-        for i, message, system in alternating(conversation.messages):
+        for i, message, system in alternating(spoken(conversation)):
             if message.role == "user":
                 told = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system is not None else ""
                 parts += [control(BOS), Part("[INST] "), Part(f"{told}{message.text}".strip(), i), Part(" [/INST]")]
@@ -148,12 +133,10 @@ class Llama2ChatTemplate:
 class MistralTemplate:
     """Mistral 7B Instruct's first: one BOS, EOS after each answer, the system message before the first question."""
 
-    markers = ("[INST]", "[/INST]")
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """``[INST] question [/INST]``, then the answer."""
         parts = [control(BOS)]
-        for i, message, system in alternating(conversation.messages):
+        for i, message, system in alternating(spoken(conversation)):
             if message.role == "user":
                 told = f"{system}\n\n" if system is not None else ""
                 parts += [Part("[INST] "), Part(f"{told}{message.text}", i), Part(" [/INST]")]
@@ -165,12 +148,10 @@ class MistralTemplate:
 class GemmaTemplate:
     """Gemma's: the assistant is the "model", contents are stripped, the system message opens the first question."""
 
-    markers = ("<start_of_turn>", "<end_of_turn>")
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """``<start_of_turn>role``, content ``<end_of_turn>``, line by line."""
         parts = [control(BOS)]
-        for i, message, system in alternating(conversation.messages):
+        for i, message, system in alternating(spoken(conversation)):
             told = f"{system}\n\n" if system is not None else ""
             role = "user" if message.role == "user" else "model"
             parts += [control("<start_of_turn>"), Part(f"{role}\n"), Part(f"{told}{message.text.strip()}", i)]
@@ -181,18 +162,31 @@ class GemmaTemplate:
 class PhiTemplate:
     """Phi-3's: a token for each role, ``<|end|>`` after each content, EOS after the last."""
 
-    markers = ("<|user|>", "<|assistant|>", "<|end|>")
-
     def parts(self, conversation: Conversation) -> list[Part]:
         """``<|role|>``, a newline, content ``<|end|>``, line by line."""
         parts = []
-        for i, message in enumerate(conversation.messages):
+        for i, message in enumerate(spoken(conversation)):
             if message.role == "tool":
                 raise BadRow("bad_conversation", f"message {i} is a tool's, which this template has no place for")
             parts += [control(f"<|{message.role}|>"), Part("\n")]
             parts += [Part(message.text, i), control("<|end|>", i), Part("\n")]
         # Not the model's to write: generation ends with <|end|>, and what follows it was never predicted.
         return [*parts, control(EOS)]
+
+
+def spoken(conversation: Conversation) -> list[Message]:
+    """The messages, for a template that renders their words and nothing else.
+
+    Raises:
+        BadRow: where there are tools or calls of them, which would be lost without a word.
+    """
+    calling = next((i for i, message in enumerate(conversation.messages) if message.tool_calls), None)
+    if conversation.tools or calling is not None:
+        has = "tools" if calling is None else f"tool calls in message {calling}"
+        problem = f"has {has}, which this template has no place for"
+        fix = "dataset=chat_own_template" + (", or dataset.column_map.tools=null" if calling is None else "")
+        raise BadRow("bad_conversation", problem, fix)
+    return conversation.messages
 
 
 def _single_turn(messages: Sequence[Message]) -> tuple[Message, Message]:
@@ -214,6 +208,8 @@ def alternating(messages: Sequence[Message]) -> Iterator[tuple[int, Message, str
     """
     system = messages[0].text if messages[0].role == "system" else None
     skipped = int(system is not None)
+    if len(messages) == skipped:
+        raise BadRow("bad_conversation", "has a system message and nothing that follows it")
     for place, message in enumerate(messages[skipped:]):
         expected = "assistant" if place % 2 else "user"
         if message.role != expected:

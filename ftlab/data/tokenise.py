@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ftlab.data.cores import use_cores
-from ftlab.data.encode import Encoded, Encoder
+from ftlab.data.encode import Encoded, Encoder, Rendered
 from ftlab.data.fields import located, mapped_columns, row_fields
 from ftlab.data.formats import Conversation, Format
 from ftlab.data.problems import BadRow, Problem
@@ -27,12 +28,13 @@ from ftlab.data.store import Mark, StoreWriter
 from ftlab.data.templates import Template
 from ftlab.data.tokenizers import Tokenizer
 
-# A rendered conversation's signs. Those of one or two characters more than HTML's <s> are no accident in a row.
+# A rendered conversation's signs, which are no accident in a row.
 _MARKERS = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<|begin_of_text|>", "<|endoftext|>"),
     *("<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "### Instruction:\n", "### Response:"),
     *("<|user|>", "<|assistant|>"),
 )
+# At the start of a row. HTML has the first of them too, but not in many rows of a set.
 _BOS_TEXTS = ("<s>", "<|begin_of_text|>", "<bos>")
 
 
@@ -85,10 +87,8 @@ class Tokeniser:
             except BadRow as bad:
                 problems.append(located(bad, number, chunk.where))
         encoded = self._encoder(rendered)
-        conversations = [row.conversation for row in rendered]
-        marks = self._marks(conversations, encoded)
-        samples = _Samples(self._recipe, encoded, marks)
-        digests = np.asarray([_digest(conversation) for conversation in conversations], dtype=np.uint64)
+        samples = _Samples(self._recipe, encoded, self._marks(rendered, encoded))
+        digests = np.asarray([_digest(row.conversation) for row in rendered], dtype=np.uint64)
         return Made(
             {
                 **samples.arrays(),
@@ -97,13 +97,13 @@ class Tokeniser:
                 "row_marks": samples.marks,
                 "row_end_ids": encoded.end_ids,
                 "row_digests": digests,
-                "families": [conversation.family for conversation in conversations],
+                "families": [row.conversation.family for row in rendered],
             },
             problems,
             len(chunk.rows),
         )
 
-    def _marks(self, conversations: Sequence[Conversation], encoded: Encoded) -> np.ndarray:
+    def _marks(self, rendered: Sequence[Rendered], encoded: Encoded) -> np.ndarray:
         """(n,) what is noteworthy about the rows before anything is cut."""
         marks = np.zeros(len(encoded), dtype=np.int64)
         marks[encoded.merged] |= Mark.MERGED
@@ -116,16 +116,25 @@ class Tokeniser:
         longer = lengths > 1
         twice = (encoded.tokens[starts[longer]] == bos) & (encoded.tokens[starts[longer] + 1] == bos)
         marks[np.flatnonzero(longer)[twice]] |= Mark.DOUBLE_BOS
-        for i, conversation in enumerate(conversations):
-            for message in conversation.messages:
+        for i, (conversation, parts) in enumerate(rendered):
+            for n, message in enumerate(conversation.messages):
                 text = message.text
-                if message.role == "assistant" and not message.extra and (not text or text.isspace()):
+                # Without words it may still say something: calls of tools, as a Jinja template renders them.
+                if (
+                    message.trained
+                    and _is_blank(text)
+                    and all(_is_blank(part.text) for part in parts if part.message == n)
+                ):
                     marks[i] |= Mark.EMPTY
                 if ("<" in text or "[" in text or "###" in text) and any(marker in text for marker in _MARKERS):
                     marks[i] |= Mark.DOUBLE_TEMPLATE
             if conversation.messages[0].text.startswith(_BOS_TEXTS):
-                marks[i] |= Mark.DOUBLE_BOS
+                marks[i] |= Mark.DOUBLE_TEMPLATE
         return marks
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
 
 
 @contextmanager
@@ -189,7 +198,7 @@ class _Samples:
             self.marks[row] |= Mark.DROPPED
         elif not pieces:
             self.marks[row] |= Mark.ANSWERLESS
-        elif recipe.too_long == "truncate":
+        elif recipe.too_long in ("truncate", "truncate_keep_eos") and pieces[0].tokens[-1] != encoded.end_ids[row]:
             self.marks[row] |= Mark.EOS_CUT
         return pieces
 
@@ -218,6 +227,10 @@ def _digest(conversation: Conversation) -> int:
             for message in conversation.messages
         ]
     )
+    # Tools are content as words are. What else a set says of a message is not: an id or a date makes no other row.
+    calls = [message.tool_calls for message in conversation.messages]
+    if conversation.tools or any(calls):
+        said += json.dumps([conversation.tools, calls], sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
 
 
@@ -250,6 +263,7 @@ def _here(chunks: Iterable[Chunk], recipe: Recipe) -> Iterator[tuple[Chunk, Made
 
 
 def _in_processes(chunks: Iterable[Chunk], recipe: Recipe, n_workers: int) -> Iterator[tuple[Chunk, Made]]:
+    Tokeniser(recipe)  # what is wrong with the recipe is raised here, where it can be told
     # spawn, not fork: threads of this process (BLAS, W&B, heartbeats) do not survive a fork.
     pool = ProcessPoolExecutor(n_workers, get_context("spawn"), initializer=_start_worker, initargs=(recipe,))
     waiting: deque[tuple[Chunk, Future[Made]]] = deque()

@@ -112,6 +112,11 @@ WRONG = {
         ["seed -> seq_len -> trainer.batch_size -> seed"],
     ),
     "unset environment variable": (["run_name=${oc.env:FTLAB_NOT_SET}"], ["run_name", "FTLAB_NOT_SET"]),
+    "an epoch of no rows": (["dataset=mixture", "dataset.epoch_rows=0"], ["dataset.epoch_rows: must be >= 1, got 0"]),
+    "a value of one of several sets": (
+        ["dataset=mixture", "dataset.sets.b.val_fraction=1.5"],
+        ["dataset.sets.b.val_fraction: must be in 0 <= share < 1", "try: dataset.sets.b.val_fraction="],
+    ),
     "missing rows": (["dataset.data_files=/nowhere/rows.json"], ["dataset.data_files", "/nowhere/rows.json"]),
     "missing weights": (["model.checkpoint=./no_such_folder"], ["model.checkpoint", "no_such_folder"]),
     "split of files": (

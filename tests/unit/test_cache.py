@@ -10,7 +10,8 @@ import pytest
 from ftlab.data.cache import cache_folder, cached, key_of
 from ftlab.data.dataset import Dataset
 from ftlab.data.formats import Instruct
-from ftlab.data.sources import file_digest
+from ftlab.data.jinja_template import JinjaTemplate
+from ftlab.data.sources import Chunk, file_digest
 from ftlab.data.store import Store, StoreWriter
 from ftlab.data.templates import AlpacaTemplate, PlainTemplate
 from ftlab.data.tokenise import Recipe, tokenise
@@ -143,6 +144,29 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     assert cache_folder(None).is_dir()  # a home that cannot be written costs no run
     with pytest.raises(ConfigError, match=r"paths\.cache_dir: cannot write to"):
         cache_folder(str(tmp_path / "file" / "below"))
+
+
+def test_what_cannot_be_tokenised_is_told_the_same_where_several_processes_would_do_it():
+    recipe = Recipe(
+        format=Instruct(),
+        column_map={"instruction": "instruction", "input": "input", "output": "output"},
+        template=JinjaTemplate(path=None),
+        tokenizer=ByteTokenizer(),
+        train_on_input=False,
+        seq_len=64,
+        too_long="split",
+    )
+    for n_workers in (0, 2):
+        with pytest.raises(ConfigError, match="came without a chat template"):
+            list(
+                tokenise(
+                    [Chunk("", [(0, {"instruction": "q", "input": "", "output": "a"})], 1)],
+                    recipe,
+                    None,
+                    None,
+                    n_workers,
+                )
+            )
 
 
 def test_several_processes_tokenise_what_one_does(rows, tmp_path):

@@ -16,16 +16,18 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ftlab.data.encode import Encoder
-from ftlab.data.formats import Chat, Message
+from ftlab.data.formats import Chat, Conversation, Message
 from ftlab.data.jinja_template import JinjaTemplate
 from ftlab.data.problems import BadRow
 from ftlab.data.templates import (
+    AlpacaTemplate,
     ChatMLTemplate,
     GemmaTemplate,
     Llama2ChatTemplate,
     Llama3Template,
     MistralTemplate,
     PhiTemplate,
+    PlainTemplate,
 )
 from ftlab.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from ftlab.errors import ConfigError
@@ -258,6 +260,61 @@ def test_tool_turns_pass_through():
     assert json.dumps(call) in ours.decode(row.tokens[row.trained].tolist())
 
 
+BUILT_IN = {template for template, *_ in FAMILIES.values()} | {AlpacaTemplate, PlainTemplate}
+
+
+@pytest.mark.parametrize("template", sorted(BUILT_IN, key=lambda one: one.__name__))
+def test_a_template_without_a_place_for_tools_refuses_them(template):
+    asked = Message("user", "weather?")
+    call = Message("assistant", "", True, extra={"tool_calls": [{"function": {"name": "weather"}}]})
+    with pytest.raises(BadRow, match="has tool calls in message 1, which this template has no place for") as caught:
+        template().parts(Conversation([asked, call]))
+    assert caught.value.fix == "dataset=chat_own_template"
+    with pytest.raises(BadRow, match="has tools, which") as caught:
+        template().parts(Conversation([asked, Message("assistant", "x", True)], tools=[{"name": "weather"}]))
+    assert caught.value.fix.endswith("dataset.column_map.tools=null")
+
+
+def test_tools_are_a_list_or_the_json_of_one():
+    def tools_of(value):
+        messages = [{"role": "user", "content": "x"}]
+        return Chat(last_turn_only=False).conversation({"messages": messages, "tools": value}).tools
+
+    assert tools_of('[{"name": "a"}]') == tools_of([{"name": "a"}]) == [{"name": "a"}]
+    assert [tools_of(none) for none in (None, "", "[]", [])] == [None] * 4
+    for wrong, said in [
+        ("not json", "no JSON"),
+        ('{"name": "a"}', "must be a list"),
+        ({"name": "a"}, "must be a list"),
+    ]:
+        with pytest.raises(BadRow, match=said) as caught:
+            tools_of(wrong)
+        assert caught.value.kind == "wrong_type"
+
+
+def test_characters_of_private_use_are_characters_to_a_template_that_marks_its_answers():
+    _, ours, _ = family("chatml")
+    own = JinjaTemplate(path=None)
+    own.source = CHATML
+    for text in ("icon \ue006 here", "\ue007", "\ue006 the \ue007"):
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "the"}]
+        row, wanted = (encoded(template, ours, messages) for template in (own, ChatMLTemplate()))
+        assert row.tokens.tolist() == wanted.tokens.tolist()
+        assert row.trained.tolist() == wanted.trained.tolist()
+
+
+def test_a_row_that_a_template_makes_nothing_of_is_a_row_without_tokens():
+    _, ours, _ = family("chatml")
+    own = JinjaTemplate(path=None)
+    own.source = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    encoder = Encoder(tokenizer=ours, template=own, train_on_input=True)
+    told, nothing = Conversation([Message("user", "the text")]), Conversation([Message("system", "the text")])
+    rows = encoder([encoder.render(one) for one in (told, nothing, told, nothing)])
+    n = len(rows.tokens) // 2
+    assert np.diff(rows.offsets).tolist() == [n, 0, n, 0]
+    assert rows.trained.tolist() == ([False] + [True] * (n - 1)) * 2
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
@@ -281,6 +338,8 @@ def test_roles_out_of_turn_are_refused_where_the_family_refuses_them(name):
     for roles in (["assistant"], ["user", "user"], ["user", "assistant", "tool"]):
         with pytest.raises(BadRow, match="where this template wants"):
             encoded(template, ours, [{"role": role, "content": "x"} for role in roles])
+    with pytest.raises(BadRow, match="a system message and nothing that follows"):
+        encoded(template, ours, [{"role": "system", "content": "x"}])
 
 
 def test_a_template_without_its_control_tokens_is_refused():

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from ftlab import IGNORE_INDEX
 from ftlab.data.batch import collate
 from ftlab.data.dataset import AlpacaDataset, Dataset
-from ftlab.data.formats import Instruct, Message
+from ftlab.data.formats import Chat, Instruct, Message, Text
 from ftlab.data.loader import BatchLoader
 from ftlab.data.mixture import Mixture
 from ftlab.data.split import draw_validation
-from ftlab.data.templates import BOS, EOS, AlpacaTemplate, Part, StanfordAlpacaTemplate, control
+from ftlab.data.templates import BOS, EOS, START, AlpacaTemplate, Part, StanfordAlpacaTemplate, control
 from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from ftlab.errors import ConfigError, DataError
 
@@ -27,6 +27,18 @@ class PlainTemplate:
         question, answer = conversation.messages
         prompt = f"{question.content}{question.context}:"
         return [control(BOS), Part(prompt, 0), Part(answer.content, 1), control(EOS, 1)]
+
+
+class Turns:
+    """Messages one after the other, each with an EOS."""
+
+    def parts(self, conversation):
+        said = [(Part(message.content, i), control(EOS, i)) for i, message in enumerate(conversation.messages)]
+        return [control(START), *(part for parts in said for part in parts)]
+
+
+class WithoutBos(ByteTokenizer):
+    bos_id = None
 
 
 @pytest.fixture
@@ -93,8 +105,8 @@ def alpaca_rows(shared_data):
     return json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
 
 
-def rows(n):
-    return [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(n)]
+def rows(n, first=0):
+    return [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(first, first + n)]
 
 
 def learned_text(dataset, index):
@@ -178,6 +190,22 @@ def test_an_answer_keeps_its_first_space_with_sentencepiece_too(make):
 def test_render_prompt_is_what_the_samples_were_made_with(make):
     dataset = make(rows(1), template=AlpacaTemplate(), seq_len=256)
     assert dataset.train.prompt_tokens(0) == dataset.encoder().prompt([Message("user", "q0")])
+
+
+def test_a_prompt_has_a_token_where_no_bos_begins_the_row(make):
+    plain = {"format": Text(), "template": Turns(), "column_map": {"text": "text"}, "tokenizer": WithoutBos()}
+    data = make([{"text": "abc"}], **plain, train_on_input=True).train
+    assert (ByteTokenizer().decode(data.prompt_tokens(0)), data.answer(0)) == ("a", "bc")
+    cut = make([LONG], seq_len=6, too_long="truncate_left", tokenizer=WithoutBos()).train
+    assert (ByteTokenizer().decode(cut.prompt_tokens(0)), cut.answer(0)) == ("5", "6789")
+
+
+def test_a_reference_ends_where_its_answer_does(make):
+    said = [("user", "hi"), ("assistant", "yo"), ("user", "thanks")]
+    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    columns = {"messages": "messages"}
+    data = make([row], format=Chat(last_turn_only=False), template=Turns(), column_map=columns).train
+    assert (ByteTokenizer().decode(data.prompt_tokens(0)), data.answer(0)) == ("hi", "yo")
 
 
 # ---- too long --------------------------------------------------------------------------------------------
@@ -397,18 +425,19 @@ def test_packs_hold_the_same_samples(make, packing):
 
 @pytest.fixture
 def mix(make, tmp_path):
-    """A mixture of two sets, of 10 and 30 rows."""
+    """A mixture of two sets, of 10 and 30 rows; ``shared`` of them are in both."""
 
-    def mix_(weights, **changes):
-        def set_of(n):
+    def mix_(weights, *, shared=0, epoch_rows=None, inspecting=False, **changes):
+        def set_of(n, first):
             def make_set(**runtime):
-                shared = {key: runtime[key] for key in ("tokenizer", "seq_len", "first_id", "inspecting")}
-                return make(rows(n), **shared | changes)
+                given = {key: runtime[key] for key in ("tokenizer", "seq_len", "first_id", "inspecting")}
+                return make(rows(n, first), **given | changes)
 
             return make_set
 
-        values = {"source": "mixture", "sets": {"a": set_of(10), "b": set_of(30)}, "epoch_rows": None, "shuffle": True}
+        values = {"source": "mixture", "sets": {"a": set_of(10, 0), "b": set_of(30, 10 - shared)}, "shuffle": True}
         values |= {"group_by_length": False, "tokenizer": ByteTokenizer(), "seq_len": 64, "seed": 0}
+        values |= {"epoch_rows": epoch_rows, "inspecting": inspecting}
         return Mixture(**values, weights=weights, cache_dir=tmp_path / "cache", progress=None)
 
     return mix_
@@ -453,6 +482,43 @@ def test_a_mixtures_validation_rows_are_those_of_all_sets(mix):
     assert len(data.validation) == 1 + 3
     assert data.validation.sample_id(0) < 10 <= data.validation.sample_id(1)
     assert data.validation.answer(1).startswith("a")
+
+
+def test_a_mixture_that_trains_on_its_own_validation_rows_is_stopped(mix):
+    options = {"shared": 10, "val_fraction": 0.3}
+    found = [str(finding) for finding in mix({"a": 1, "b": 1}, **options, inspecting=True).findings]
+    assert any("of 3 a's validation (and b's train) rows: the same row is trained on and" in line for line in found)
+    with pytest.raises(
+        DataError, match=r"^dataset\.sets\.a: .*validated with .*\n.*dataset\.sets\.a\.allow=\[in_train"
+    ):
+        mix({"a": 1, "b": 1}, **options)
+    allowed = mix({"a": 1, "b": 1}, **options, allow=["in_train_and_validation"])
+    assert any("a's validation (and b's train)" in warning for warning in allowed.report["warnings"])
+
+
+def test_a_set_that_an_epoch_has_no_row_of_is_refused(mix):
+    with pytest.raises(
+        ConfigError, match=r"dataset\.weights\.b: 0\.01 of 1\.01 is no row of an epoch's 20: b"
+    ) as caught:
+        mix({"a": 1, "b": 0.01}, epoch_rows=20)
+    assert caught.value.fix.startswith("dataset.epoch_rows=101")
+    assert mix({"a": 1, "b": 0.01}, epoch_rows=101).train.counts == [100, 1]
+
+
+def test_what_is_wrong_with_a_set_is_told_with_its_keys_in_the_mixture(mix):
+    with pytest.raises(
+        ConfigError, match=r"^dataset\.sets\.a\.val_fraction: .*\n  try: dataset\.sets\.a\.val_fraction=0"
+    ):
+        mix({"a": 1, "b": 1}, val_fraction=1.5)
+    with pytest.raises(DataError, match=r"^dataset\.sets\.a\.too_long: .*\n.*, or dataset\.sets\.a\.too_long=truncate"):
+        mix({"a": 1, "b": 1}, too_long="error", seq_len=4)
+
+    class Useless(PlainTemplate):
+        def bound_to(self, tokenizer):
+            raise ConfigError("dataset.template", "is of no use", "dataset=chat")
+
+    with pytest.raises(ConfigError, match=r"^dataset\.sets\.a\.template: .*\n  try: dataset@dataset\.sets\.a=chat$"):
+        mix({"a": 1, "b": 1}, template=Useless())
 
 
 @pytest.mark.parametrize("weights", [{"a": 1}, {"a": 1, "b": 0}, {"a": 1, "b": -1}, {"a": 1, "b": 1, "c": 1}])

@@ -9,10 +9,11 @@ import pytest
 
 from ftlab.data.dataset import Dataset
 from ftlab.data.formats import Chat, Instruct
+from ftlab.data.jinja_template import JinjaTemplate
 from ftlab.data.problems import BLOCKING, KINDS
 from ftlab.data.samples import Samples
 from ftlab.data.show import examples, sample_html, shown
-from ftlab.data.templates import AlpacaTemplate, PlainTemplate, StanfordAlpacaTemplate, control
+from ftlab.data.templates import BOS, AlpacaTemplate, PlainTemplate, StanfordAlpacaTemplate, control
 from ftlab.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from ftlab.errors import DataError
 
@@ -95,7 +96,6 @@ PLANTED = {
     "missing_field": {"instruction": "q", "input": ""},
     "wrong_type": ROW | {"output": ["a"]},
     "broken_text": b'{"instruction": "q", "input": "", "output": "\\ud83d"}\n',
-    "double_bos": ROW | {"instruction": "<s>q"},
     "double_template": ROW | {"instruction": "### Instruction:\nq\n\n### Response:\n"},
     "eos_cut": ROW | {"output": "word " * 600},
     "too_long": ROW | {"output": "word " * 600},
@@ -109,7 +109,7 @@ def test_one_planted_row_in_a_thousand_is_found_with_its_number(inspect, kind):
     rows[417] = PLANTED[kind]
     found = kinds(inspect(rows))
     assert found[kind] == [417]
-    assert set(found) <= {kind, "eos_cut", "too_long", "double_bos"}
+    assert set(found) <= {kind, "eos_cut", "too_long"}
 
 
 def test_all_of_them_at_once_are_found(inspect):
@@ -238,6 +238,38 @@ def test_on_the_real_rows_only_the_repeated_ones_are_told(inspect, shared_data):
         seen.add(key)
     assert kinds(data) == {"duplicate": repeated}
     assert not any(finding.stops for finding in data.findings)
+
+
+def test_bos_twice_is_told_by_tokens(inspect):
+    class Twice(AlpacaTemplate):
+        def parts(self, conversation):
+            return [control(BOS), *super().parts(conversation)]
+
+    assert kinds(inspect(sound_rows(3), template=Twice()))["double_bos"] == [0, 1, 2]
+
+
+def test_html_that_looks_like_bos_stops_no_run_and_a_set_that_begins_with_bos_does(inspect):
+    rows = sound_rows(201)
+    rows[41] = ROW | {"instruction": "<s>old price</s> means what?"}
+    assert len(inspect(rows, inspecting=False).train) == 201
+    with pytest.raises(DataError, match="already contains a prompt template"):
+        inspect([row | {"instruction": f"<s>{row['instruction']}"} for row in rows], inspecting=False)
+
+
+def test_calls_of_tools_make_a_row_another_and_an_answer_not_empty(inspect):
+    def chat(called, **said):
+        call = {"tool_calls": [{"type": "function", "function": {"name": called, "arguments": "{}"}}]} if called else {}
+        answer = {"role": "assistant", "content": "", **call, **said}
+        return {"messages": [{"role": "user", "content": "do"}, answer]}
+
+    rows = [chat("a", id=1), chat("b", id=2), chat("a", id=3), chat(None, name="bot")]
+    options = {"format": Chat(last_turn_only=False), "column_map": {"messages": "messages", "tools": None}}
+    template = JinjaTemplate(path=None)
+    template.source = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}\n{% endfor %}"
+    found = kinds(inspect(rows, **options, template=template))
+    assert (found["duplicate"], found["empty_output"]) == ([2], [3])
+    found = kinds(inspect(rows, **options, template=PlainTemplate()))
+    assert (found["bad_conversation"], found["empty_output"]) == ([0, 1, 2], [3])
 
 
 def test_padding_with_eos_is_explained_and_harmless(inspect):

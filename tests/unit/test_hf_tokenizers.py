@@ -199,6 +199,29 @@ def test_a_truncated_file_beside_it_is_named_too(kind, tmp_path):
         open_folder(tmp_path / "t")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("chat_template.jinja", b'{{ "\xff" }}', r"chat_template\.jinja is no UTF-8"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', r"chat_template in .*tokenizer_config\.json is neither"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "is neither text nor a list of objects"),
+        ("tokenizer_config.json", b'{"chat_template": ["x"]}', "is neither text nor a list of objects"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', r"added_tokens_decoder in .*_config\.json"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": "x"}}', "holds no tokens by id"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {"content": 1}}}', "holds no tokens by id"),
+    ],
+)
+def test_a_file_beside_it_that_holds_something_else_is_named(name, content, said, tmp_path):
+    folder = save_kind("qwen", tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if name.endswith(".json"):
+        content = json.dumps({**config, **json.loads(content)}).encode()
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        open_folder(folder)
+
+
 def test_a_git_lfs_pointer_is_told_from_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9085657\n")
     with pytest.raises(ConfigError, match="git-LFS pointer of 69 bytes") as caught:

@@ -70,7 +70,8 @@ SETS = {
         "Bye",
     ),
     "oasst": (oasst_rows(), "so", "well"),
-    "cnn_dailymail": ([{"article": "It rained.", "highlights": "Rain.", "id": "1"}], "It rained.", ""),
+    # This tokenizer has no BOS: a text goes on from its first token.
+    "cnn_dailymail": ([{"article": "It rained.", "highlights": "Rain.", "id": "1"}], "t rained.", "I"),
     "wikitext": ([{"page": " = Rain = \n It falls ."}], " = Rain = \n It falls .", ""),
 }
 
@@ -163,3 +164,21 @@ def test_cut_on_the_left_bos_and_end_stay():
     assert shorten(whole, 4, "truncate_keep_eos", end_id=2, bos_id=1) == []  # nothing of the answer is left
     [piece] = shorten(whole, 5, "truncate_keep_eos", end_id=2, bos_id=1)
     assert (piece.tokens.tolist(), piece.trained.tolist()) == ([1, 5, 6, 7, 2], [False, False, False, True, True])
+
+
+def test_an_end_is_put_back_where_an_answer_was_cut_and_never_into_a_question():
+    tokens = np.array([1, 5, 6, 6, 2, 7, 7, 7, 6, 6, 2])  # BOS, question, answer, end, question, answer, end
+    whole = Piece(tokens, (tokens == 6) | (tokens == 2), 8)
+    for seq_len, left in [
+        (4, [1, 5, 6, 2]),
+        (6, [1, 5, 6, 6, 2, 7]),
+        (7, [1, 5, 6, 6, 2, 7, 7]),
+        (9, tokens[:9].tolist()),
+    ]:
+        [piece] = shorten(whole, seq_len, "truncate_keep_eos", end_id=2, bos_id=1)
+        assert piece.tokens.tolist() == left
+        assert piece.trained.tolist() == [token in (6, 2) for token in left]
+    everything = whole._replace(trained=np.arange(len(tokens)) > 0)
+    for seq_len, end in [(7, 7), (8, 7), (9, 6), (10, 2)]:
+        [piece] = shorten(everything, seq_len, "truncate_keep_eos", end_id=2, bos_id=1)
+        assert piece.tokens.tolist() == [*tokens[: seq_len - 1], end]

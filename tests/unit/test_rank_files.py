@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from ftlab.data.encode import Encoder
+from ftlab.data.formats import Conversation, Message
+from ftlab.data.jinja_template import JinjaTemplate
 from ftlab.data.tokenizers import TINY_MODEL, HuggingFaceTokenizer, SentencePieceTokenizer
 from ftlab.data.tokenizers.byte import byte_level_alphabet
 from ftlab.data.tokenizers.ranks import SPECIALS, SPLIT, is_rank_file
@@ -128,5 +131,6 @@ def test_a_rank_file_takes_its_chat_template_from_the_files_beside_it(pair, tmp_
         )
     )
     chat = open_folder(tmp_path)
-    [ids] = chat.encode_chats([[{"role": "user", "content": "ab"}]], add_generation_prompt=False)
-    assert ids == [ours.bos_id, *ours.encode("ab", bos=False, eos=False), ours.bos_id + 9]
+    encoder = Encoder(tokenizer=chat, template=JinjaTemplate(path=None), train_on_input=False)
+    row = encoder([encoder.render(Conversation([Message("user", "ab")]))])
+    assert row.tokens.tolist() == [ours.bos_id, *ours.encode("ab", bos=False, eos=False), ours.bos_id + 9]

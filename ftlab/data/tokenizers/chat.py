@@ -29,10 +29,20 @@ _MAX_PRODUCT = 10_000_000  # of what a template multiplies: repeated text, or a 
 def read_chat_template(folder: Path) -> str | None:
     """The template in ``folder``: ``chat_template.jinja``, else what tokenizer_config.json holds, else None."""
     if (folder / CHAT_TEMPLATE).is_file():
-        return read_bytes(folder / CHAT_TEMPLATE).decode("utf-8")
+        try:
+            return read_bytes(folder / CHAT_TEMPLATE).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                KEY, f"{folder / CHAT_TEMPLATE} is no UTF-8: {error}", "the file saved as UTF-8"
+            ) from error
     template = read_json_beside(folder, TOKENIZER_CONFIG).get("chat_template")
-    if isinstance(template, list):  # several with names: for tools, for retrieval
+    if isinstance(template, list) and all(isinstance(one, dict) and "template" in one for one in template):
+        # Several with names: for tools, for retrieval.
         template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        problem = "is neither text nor a list of objects with name and template"
+        fix = f"a {CHAT_TEMPLATE} beside it, which is read instead"
+        raise ConfigError(KEY, f"the chat_template in {folder / TOKENIZER_CONFIG} {problem}", fix)
     return template
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +15,17 @@ import numpy as np
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
-from ftlab.data.tokenizers.aliases import Aliases
 from ftlab.data.tokenizers.base import TOKENIZER_CONFIG, TOKENIZER_JSON, save_for_transformers
-from ftlab.data.tokenizers.chat import Messages, read_chat_template, render_chat
+from ftlab.data.tokenizers.chat import read_chat_template
 from ftlab.data.tokenizers.files import KEY, MODEL_FILE, find_file, read_bytes, read_json_beside
 from ftlab.data.tokenizers.ranks import SPECIAL_NAMES, is_rank_file, ranks_as_hf, read_ranks
 from ftlab.data.tokenizers.sentencepiece_model import as_hf, parse_model, special_names
 from ftlab.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+# What a text follows where it follows a special. Drawn anew in every process: data that spells it cannot exist yet.
+_STAND_IN = AddedToken(f"\ue002{secrets.token_hex(8)}\ue003", normalized=False)
 
 
 class HuggingFaceTokenizer:
@@ -47,7 +50,7 @@ class HuggingFaceTokenizer:
         self._hf, names = _open(file)
         self._config = _config_beside(file.parent)
         names |= _names_beside(self._hf, self._config, file.parent)
-        _declare_specials(self._hf, self._config, names)
+        _declare_specials(self._hf, self._config, names, file.parent)
         n_known = _n_ids(self._hf)
         self._hf.add_tokens([AddedToken(token, normalized=False) for token in added_tokens])
         self._hf.add_special_tokens([AddedToken(token, normalized=False) for token in added_special_tokens])
@@ -80,49 +83,12 @@ class HuggingFaceTokenizer:
 
     def encode_after_special(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode_batch`` for texts that follow a special, before which some tokenizers put no space."""
-        return [ids[1:] for ids in self._encode_aliased([self._aliases.any_special + text for text in texts])]
+        after = [_STAND_IN.content + text for text in texts]
+        return [one.ids[1:] for one in self._literal.encode_batch_fast(after, add_special_tokens=False)]
 
     def encode_with_specials(self, text: str) -> list[int]:
         """Token ids of ``text``, in which specials are what they spell; nothing is added."""
         return self._hf.encode(text, add_special_tokens=False).ids
-
-    def encode_chats(
-        self, chats: Sequence[Messages], *, add_generation_prompt: bool, **variables: Any
-    ) -> list[list[int]]:
-        """Token ids of conversations under the tokenizer's own chat template, as transformers has them.
-
-        With one difference: what a message spells stays text. "<|im_end|>" in the user's words does not end them.
-
-        Args:
-            chats, add_generation_prompt, variables: see ``chat.render_chat``.
-
-        Raises:
-            ConfigError: for a tokenizer without chat template, or one that misbehaves.
-            DataError: where the template refuses the messages.
-        """
-        texts = [
-            self._aliases.only_of_template(
-                self.render_chat(
-                    self._aliases.hide(chat),
-                    add_generation_prompt=add_generation_prompt,
-                    **self._aliases.hide(variables),
-                )
-            )
-            for chat in chats
-        ]
-        return self._encode_aliased(texts)
-
-    def render_chat(self, messages: Messages, *, add_generation_prompt: bool, **variables: Any) -> str:
-        """The text of a conversation under the tokenizer's own chat template; see ``chat.render_chat``."""
-        if self.chat_template is None:
-            raise ConfigError(KEY, "this tokenizer has no chat template", f"a {TOKENIZER_CONFIG} with chat_template")
-        return render_chat(
-            self.chat_template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            specials=self.special_tokens,
-            **variables,
-        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; specials leave no trace in it."""
@@ -159,17 +125,13 @@ class HuggingFaceTokenizer:
             sizes[i] = 0 if token.special else len(token.content.encode())
         return sizes
 
-    def _encode_aliased(self, texts: list[str]) -> list[list[int]]:
-        encoded = self._literal.encode_batch_fast(texts, add_special_tokens=False)
-        return [self._aliases.resolve(one.ids) for one in encoded]
-
     def _framed(self, ids: list[int], bos: bool, eos: bool) -> list[int]:
         before = [self.bos_id] if bos and self.bos_id is not None else []
         return [*before, *ids, *([self.eos_id] if eos else [])]
 
     @cached_property
     def _literal(self) -> HFTokenizer:
-        """The tokenizer to which specials are text like any other, but for their ``_aliases``."""
+        """The tokenizer to which specials are text like any other, but for the ``_STAND_IN``."""
         literal = HFTokenizer.from_str(self._hf.to_str())
         literal.encode_special_tokens = True
         for i, token in literal.get_added_tokens_decoder().items():
@@ -177,12 +139,8 @@ class HuggingFaceTokenizer:
                 raise ConfigError(
                     KEY, f"text can spell its special token {token.content!r} (a {type(literal.model).__name__} model)"
                 )
-        self._aliases.add_to(literal)
+        literal.add_tokens([_STAND_IN])
         return literal
-
-    @cached_property
-    def _aliases(self) -> Aliases:
-        return Aliases(self._hf)
 
 
 # ------------------------------------------------------------------------------------------ opening the files
@@ -241,14 +199,23 @@ def _names_beside(tokenizer: HFTokenizer, config: Mapping[str, Any], folder: Pat
     return names
 
 
-def _declare_specials(tokenizer: HFTokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def _declare_specials(
+    tokenizer: HFTokenizer, config: Mapping[str, Any], names: Mapping[str, str], folder: Path
+) -> None:
     """Make special what the configuration calls so, though tokenizer.json does not; as transformers does."""
     known = tokenizer.get_added_tokens_decoder()
-    listed = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    try:
+        listed = {
+            int(i): AddedToken(token["content"], **{flag: token.get(flag, False) for flag in flags})
+            for i, token in (config.get("added_tokens_decoder") or {}).items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = f"the added_tokens_decoder in {folder / TOKENIZER_CONFIG} holds no tokens by id: {error!r}"
+        raise ConfigError(KEY, problem, f"{KEY}=/path/to/a/complete/tokenizer") from error
     for i, token in sorted(listed.items()):
-        flags = {key: token.get(key, False) for key in ("lstrip", "rstrip", "single_word", "normalized", "special")}
-        if i not in known or known[i].content != token["content"] or known[i].special != flags["special"]:
-            tokenizer.add_tokens([AddedToken(token["content"], **flags)])
+        if i not in known or known[i].content != token.content or known[i].special != token.special:
+            tokenizer.add_tokens([token])
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     for name in names.values():
         if name not in special and tokenizer.token_to_id(name) is not None:
