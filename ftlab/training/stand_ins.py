@@ -124,7 +124,7 @@ def fused_norms() -> Iterator[None]:
         normed: Tensor = _FusedNorm.apply(x, norm.weight.to(x.dtype))
         return normed
 
-    RMSNorm.forward = forward  # type: ignore[method-assign]
+    RMSNorm.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
