@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 
 from ftlab.config.compose import Composition, compose, hydra_globals
 from ftlab.config.layers import leaves
+from ftlab.config.overrides import given_values
 from ftlab.config.resolve import resolve
 from ftlab.config.stored import stored_config
 from ftlab.errors import CheckpointError, ConfigError, ConfigErrors
@@ -37,9 +38,12 @@ _SETTLED = (
 )
 # Where the same things are by now: fingerprints are compared when they have been read.
 _MOVABLE = ("model.checkpoint", "tokenizer.path", "dataset.data_files", "dataset.source")
-_CALL = re.compile(r"\$\{(?:[^{}]*:|\s*\$)")  # of a resolver: ${oc.env:NAME}
+# Of a resolver: ${oc.env:NAME}, whose name may come from elsewhere: ${oc.${name}:NAME}.
+_CALL = re.compile(r"\$\{[^}]*[:$]")
 # Of a run's own, not of its configuration.
 _OWN = ("resume", "paths.")
+# What only a new run can be told.
+_OF_A_NEW_RUN = ("init_from", "init_optimizer", "paths.output_dir", "hydra.", "hydra/")
 
 
 def resume_in(overrides: Sequence[str]) -> str | None:
@@ -183,7 +187,7 @@ def _overrides_before(run: Path) -> list[str]:
     except (OSError, ValueError, TypeError, AttributeError):
         pass  # a run that was not started from a command line
     # Whoever wrote this folder does not get to ask this machine's environment, nor to name folders of options.
-    believed = [text for text in typed if not _CALL.search(text) and not _key(text).startswith("hydra.")]
+    believed = [text for text in typed if not _calls(text) and not _key(text).startswith("hydra.")]
     return [text for text in believed if _key(text) not in (KEY, "")]
 
 
@@ -192,6 +196,11 @@ def _key(override: str) -> str:
         return OverridesParser.create().parse_override(override).key_or_group
     except (HydraException, ValueError):
         return "" if "=" not in override else override.partition("=")[0].lstrip("+~")
+
+
+def _calls(override: str) -> bool:
+    """Whether a resolver is called in it, as it stands there or once Hydra has read it (``$\\{`` is ``${`` then)."""
+    return bool(_CALL.search(override) or any(_CALL.search(str(value)) for value in given_values([override]).values()))
 
 
 def _leaves(composition: Composition) -> dict[str, Any]:
