@@ -144,6 +144,8 @@ def test_options_and_keys_that_follow_from_one_another_change_together(straight:
         ("{run}@50", "has no checkpoint step_00000050; complete checkpoints: steps 3, 5, 6, 9, 10, 12"),
         ("{run}/checkpoints/step_00000007", "has no checkpoint step_00000007"),
         ("{run}@first", "after @ comes a step or best"),
+        (f"{{run}}@{'9' * 5000}", "after @ comes a step or best"),
+        (f"{{run}}/checkpoints/step_{'9' * 5000}", "a checkpoint's folder is named step_<number>"),
         ("{run}x", "there is no folder"),
         ("{run}/checkpoints", "is no run's folder"),
     ],
