@@ -64,6 +64,7 @@ def run_job(cfg: DictConfig, *, own_process: bool | None = None) -> int:
 
     from ftlab.config.check import check_job
     from ftlab.jobs import launch
+    from ftlab.outputs.folder import FolderInUseError
     from ftlab.outputs.secrets import mask_files
     from ftlab.outputs.sweep import fail
 
@@ -78,6 +79,8 @@ def run_job(cfg: DictConfig, *, own_process: bool | None = None) -> int:
     def check_and_launch() -> int:
         try:
             config = check_job(cfg)
+        except FolderInUseError:  # whoever uses it says how that run ends
+            raise
         except FtlabError as error:
             fail(folder, error)
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ftlab.config.rules import RULES, override, rule_for
 from ftlab.config.sweeps import extremes, is_ours, wrong_settings
 from ftlab.config.targets import forbidden, misfits, unnamed
 from ftlab.errors import ConfigError, ConfigErrors
+from ftlab.outputs.folder import claim, held, hold
 from ftlab.outputs.sweep import FILE as SWEEP_FILE
 from ftlab.outputs.sweep import set_aside
 from ftlab.storage.addresses import find_run
@@ -81,7 +83,7 @@ def check_command_line(
         _raise(compose(flags.overrides, **search).problems if flags.cfg else [])
         return None
     if resume_in(flags.overrides) is not None:
-        return _check_resumed(flags.overrides, flags.multirun, search)
+        return _check_resumed(flags, search, leads)
     master = compose(flags.overrides, sweep=True, **search)
     if flags.multirun or master.cfg.hydra.mode == RunMode.MULTIRUN:
         _check_jobs(master, flags.overrides, search)
@@ -93,21 +95,36 @@ def check_command_line(
     _raise(misfits(config))
     if not leads(config):
         return config
-    try:
-        claim_folder(folder)
-    except OSError as error:
-        _raise([unwritable(Path(folder).absolute(), error.errno or errno.EIO)])
+    _claim(folder)
     return None
 
 
-def _check_resumed(overrides: Sequence[str], multirun: bool, search: dict[str, Any]) -> dict[str, Any]:
+def _claim(folder: str) -> None:
+    """Make the folder of a new run and keep every other process from beginning one there."""
+    try:
+        folder = claim_folder(folder)
+        claim(Path(folder))
+    except OSError as error:
+        _raise([unwritable(Path(folder).absolute(), error.errno or errno.EIO)])
+    if (problem := output_problem(folder)) is not None:  # what was begun, and ended, since it was looked at first
+        raise ConfigErrors([problem])
+
+
+def _check_resumed(flags: Namespace, search: dict[str, Any], leads: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """The checked configuration of a run that goes on, in its own folder."""
-    if multirun:
+    if flags.multirun:
         problem = "goes on with one run, but -m starts several new ones"
         raise ConfigError("resume", problem, "python train.py -m init_from=RUN ...")
-    config, composition = resumed_config(overrides, search)
+    config, composition = resumed_config(flags.overrides, search)
     _raise(_check_values(config, composition))
     _raise(misfits(config))
+    if leads(config):
+        run = Path(config["paths"]["output_dir"])
+        try:
+            hold(run).close()
+        except OSError as error:
+            problem = f"nothing can be written in {run}: {os.strerror(error.errno or errno.EIO)}"
+            raise ConfigError(RESUME, problem, f"{override(RESUME, '/a/copy/of/it')}, or init_from={run}") from error
     return config
 
 
@@ -122,9 +139,10 @@ def check_job(cfg: DictConfig) -> dict[str, Any]:
     _raise(problems)
     folder = Path(HydraConfig.get().runtime.output_dir)
     if (folder / "run.json").exists():
-        if Checkpoints(folder / "checkpoints").complete():
-            return resumed_config([override(RESUME, str(folder))], {})[0]
-        set_aside(folder)
+        with held(folder):
+            if Checkpoints(folder / "checkpoints").complete():
+                return resumed_config([override(RESUME, str(folder))], {})[0]
+            set_aside(folder)
     config["paths"]["output_dir"] = str(folder)
     return config
 
