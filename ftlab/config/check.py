@@ -77,7 +77,8 @@ def check_command_line(
         ConfigErrors: with everything that is wrong, with all jobs of a sweep.
     """
     flags = get_args_parser().parse_args(list(argv))
-    shows = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion, flags.experimental_rerun)
+    _raise(_misused(flags))
+    shows = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion)
     search = {"primary": flags.config_name or PRIMARY, "extra_dir": flags.config_dir}
     if any(shows):
         _raise(compose(flags.overrides, **search).problems if flags.cfg else [])
@@ -97,6 +98,23 @@ def check_command_line(
         return config
     _claim(folder)
     return None
+
+
+def _misused(flags: Namespace) -> Iterator[ConfigError]:
+    """Flags that Hydra would end with a traceback for, or with another configuration than the one checked here."""
+    if flags.config_path is not None:
+        problem = "takes the place of conf/, which is what is checked; more options can be had beside it"
+        yield ConfigError("--config-path", problem, f"--config-dir {flags.config_path}")
+    if flags.config_dir is not None and not os.path.isdir(flags.config_dir):
+        yield ConfigError("--config-dir", f"there is no folder {os.path.abspath(flags.config_dir)}")
+    if flags.experimental_rerun is not None:
+        problem = "runs what a file of Hydra's says, unchecked"
+        yield ConfigError("--experimental-rerun", problem, "python -m ftlab reproduce RUN")
+    if flags.resolve and not (flags.cfg or flags.help):
+        yield ConfigError("--resolve", "is for what --cfg shows", "--cfg job --resolve")
+    asked = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(flags, flag)]
+    if len(asked) > 1:
+        yield ConfigError(" ".join(f"--{flag.replace('_', '-')}" for flag in asked), "cannot be had together")
 
 
 def _claim(folder: str) -> None:
@@ -195,6 +213,9 @@ def _beginning(values: dict[str, Any]) -> Iterator[ConfigError]:
             find_run(values["init_from"], "init_from")
         except ConfigError as problem:
             yield problem
+    elif values.get("init_optimizer") is True and "resume" in values:
+        problem = "true, but there is no init_from whose optimizer could be taken"
+        yield ConfigError("init_optimizer", problem, "init_from=RUN init_optimizer=true")
 
 
 def _with_origin(problem: ConfigError, key: str, composition: Composition | None) -> ConfigError:

@@ -78,6 +78,19 @@ WRONG = {
     "fraction as a count": (["trainer.batch_size=2.5"], ["trainer.batch_size: must be a whole number, got 2.5"]),
     "number as text": (["run_name=2026"], ["run_name: must be text, got 2026", "run_name=\"'2026'\""]),
     "device": (["device=gpu"], ["device: must be one of auto, cpu, cuda, got 'gpu'", "try: device=cpu"]),
+    "bytes that are no text": (["run_name=caf\udce9"], ["run_name: holds bytes that are not UTF-8", r"'caf\udce9'"]),
+    "an optimizer to begin with, of nobody": (["init_optimizer=true"], ["init_optimizer", "init_from=RUN"]),
+    "number as longer waves": (["model.rope_scaling=1"], ["model.rope_scaling", "_target_", "got 1"]),
+    "longer waves without a class": (["model.rope_scaling={factor:8.0}"], ["model.rope_scaling", "'factor': 8.0"]),
+    "number as a column": (
+        ["dataset=chat", "dataset.source=json", "dataset.column_map={system:3,tools:4,messages:5}"],
+        [f"dataset.column_map.{field}: must be text" for field in ("messages", "system", "tools")],
+    ),
+    "number as a template's file": (
+        ["dataset=chat_own_template", "dataset.source=json", "dataset.template.path=5"],
+        ["dataset.template.path: must be text, got 5"],
+    ),
+    "number as a set": (["dataset=instruct", "dataset.source=7"], ["dataset.source: must be text, got 7"]),
     "heads": (["model.dim=130"], ["model.dim: 130", "model.n_heads = 4", "try: model.dim=132"]),
     "key and value heads": (["model.n_kv_heads=3"], ["model.n_heads: 4", "model.n_kv_heads = 3"]),
     "reference to nothing": (["optimizer.lr=${trainer.lr}"], ["does not exist: optimizer.lr -> trainer.lr"]),
@@ -108,6 +121,25 @@ def test_everything_wrong_is_told_at_once(problems: Problems) -> None:
 
 def test_the_defaults_have_no_problem(problems: Problems) -> None:
     assert problems() == ""
+    assert problems("experiment=null", "sweep=null", "debug=null") == ""  # nor when they are typed
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--config-path=/nowhere"], "--config-path: takes the place of conf/"),
+        (["--config-dir=/nowhere"], "--config-dir: there is no folder /nowhere"),
+        (["--resolve"], "try: --cfg job --resolve"),
+        (["--experimental-rerun", "nowhere"], "try: python -m ftlab reproduce RUN"),
+        (["--run", "--multirun"], "--run --multirun: cannot be had together"),
+    ],
+)
+def test_a_flag_that_hydra_would_stumble_over_is_told_before_anything_is_made(
+    flags: list[str], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigErrors, match=re.escape(told)):
+        check_command_line([*flags, f"paths.output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_experiment_that_sets_a_groups_value_must_pick_its_option(conf: Path, problems: Problems) -> None:
