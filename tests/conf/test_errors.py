@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -268,6 +270,17 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_systems_reason(tmp_
     (tmp_path / "file").write_text("")
     told = str(output_problem(str(tmp_path / "file" / "run")))
     assert f"cannot write to {tmp_path}/file/run: Not a directory (ENOTDIR)" in told
+
+
+def test_a_read_only_disk_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "Permission denied (EACCES)" in str(output_problem(str(tmp_path / "run")))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    assert "Read-only file system (EROFS)" in str(output_problem(str(tmp_path / "run")))
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_told_as_that(tmp_path: Path) -> None:
+    assert "try: a shorter run_name, or paths.output_dir=" in str(output_problem(str(tmp_path / ("x" * 300))))
 
 
 def test_a_sweep_is_checked_whole_before_its_first_job(tmp_path: Path) -> None:
