@@ -36,6 +36,7 @@ WRONG = {
     "unreadable value": (["run_name=a{b"], ["run_name", "cannot be read"]),
     "unknown option": (["precision=fp17"], ["precision: has no option 'fp17'", "bf16", "fp32", "try: precision=fp"]),
     "no option": (["optimizer=null"], ["optimizer", "choices: ", "adamw"]),
+    "no option of a list": (["debug=[null]"], ["debug", "choices: ", "smoke"]),
     "two options": (["optimizer=sgd", "optimizer=adamw"], ["optimizer", "two options"]),
     "second option": (["+optimizer=sgd"], ["optimizer", "second optimizer", "try: optimizer=sgd"]),
     "mandatory value": (["optimizer.lr='???'"], ["optimizer.lr", "must be given"]),
