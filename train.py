@@ -23,13 +23,12 @@ def main() -> int:
     import hydra
 
     from ftlab.config.check import check_command_line
-    from ftlab.config.compose import CONF, PRIMARY, VERSION_BASE, hydra_errors, prepare
-    from ftlab.config.mixtures import with_sets
+    from ftlab.config.compose import PRIMARY, VERSION_BASE, hydra_errors, in_hydras_terms, prepare
     from ftlab.config.sweeps import with_one_shown, with_resumed_sweep
 
     prepare()
     with hydra_errors():
-        sys.argv[1:] = with_sets(with_one_shown(with_resumed_sweep(sys.argv[1:])), CONF)
+        sys.argv[1:] = in_hydras_terms(with_one_shown(with_resumed_sweep(sys.argv[1:])))
         elsewhere = check_command_line(sys.argv[1:], leads=_leads)
         if elsewhere is not None:
             from ftlab.jobs import launch
@@ -64,6 +63,7 @@ def run_job(cfg: DictConfig, *, own_process: bool | None = None) -> int:
 
     from ftlab.config.check import check_job
     from ftlab.jobs import launch
+    from ftlab.outputs.folder import FolderInUseError
     from ftlab.outputs.secrets import mask_files
     from ftlab.outputs.sweep import fail
 
@@ -78,6 +78,8 @@ def run_job(cfg: DictConfig, *, own_process: bool | None = None) -> int:
     def check_and_launch() -> int:
         try:
             config = check_job(cfg)
+        except FolderInUseError:  # whoever uses it says how that run ends
+            raise
         except FtlabError as error:
             fail(folder, error)
             raise

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from ftlab.distributed.launch import first_failure, last_word, leave, n_local_wo
 from ftlab.distributed.meeting import Jobs, attempt, job_store, meet
 from ftlab.distributed.started import group_of_this_process, leads
 from ftlab.errors import ConfigError, Interrupted
-from ftlab.outputs.folder import RunFolder
+from ftlab.outputs.folder import RunFolder, claim_lent, lent
 from ftlab.outputs.killed import Watch
 from ftlab.outputs.sweep import fail
 from ftlab.run import Config, train, train_in_team
@@ -151,16 +151,18 @@ def _start(config: Config, settings: Workers, n_local: int) -> int:
     leading = leads(settings.nnodes, settings.rdzv_endpoint)
     if leading:
         config = with_seed(config)
+    path = Path(config["paths"]["output_dir"])
     scratch = Path(tempfile.mkdtemp(prefix="ftlab-"))
     try:
-        failed = start_workers(settings, n_local, scratch, _work, config, scratch, leading)
-        if not failed:
-            return 0
-        failure = first_failure(scratch, settings, n_local, failed)
-        if leading and (folder := RunFolder.of_a_lost_process(config["paths"]["output_dir"])) is not None:
-            print(failure.message, file=sys.stderr)  # no worker lived to tell
-            folder.finish("preempted" if failure.interrupted else "failed", error=RankError(failure))
-        return failure.exit_code
+        with lent(path) if leading else nullcontext():
+            failed = start_workers(settings, n_local, scratch, _work, config, scratch, leading)
+            if not failed:
+                return 0
+            failure = first_failure(scratch, settings, n_local, failed)
+            if leading and (folder := RunFolder.of_a_lost_process(path)) is not None:
+                print(failure.message, file=sys.stderr)  # no worker lived to tell
+                folder.finish("preempted" if failure.interrupted else "failed", error=RankError(failure))
+            return failure.exit_code
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -171,5 +173,7 @@ def _work(config: Config, scratch: Path, leading: bool) -> None:
     if attempt() and (exit_code := last_word(scratch, group.local_world_size)) is not None:
         leave(exit_code)
     worker = meet(WorkerEnv.here(config["device"]), group, leads=leading)
+    if leading and worker.rank == 0:
+        claim_lent(Path(config["paths"]["output_dir"]))
     if exit_code := train_in_team(config, worker, scratch):
         leave(exit_code)

@@ -66,6 +66,8 @@ def train(config: Config, worker: WorkerEnv, team: Team | None = None) -> int:
     """
     first = worker.rank == 0
     folder = RunFolder(config["paths"]["output_dir"], writes=True) if first else None
+    if folder is not None:
+        folder.lock()  # before anything is written, into a log of another run for example
     if team is not None:
         path = team.from_first("folder", str(folder.path) if folder else None)
         folder = folder or RunFolder(path, writes=False)

@@ -49,7 +49,6 @@ def source_of(folder: RunFolder, config: dict[str, Any], worker: WorkerEnv, team
 
 
 def _pick(folder: RunFolder, config: dict[str, Any]) -> Source | None:
-    folder.lock()
     own, resume = Checkpoints(folder.path / "checkpoints"), config["resume"]
     if attempt() and (found := own.newest_sound(folder.recorded_id())) is not None:
         return Source(str(found.path), goes_on=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ftlab.config.sweeps import extremes, is_ours, wrong_settings
 from ftlab.config.targets import forbidden, misfits, unnamed
 from ftlab.config.unread import unread
 from ftlab.errors import ConfigError, ConfigErrors
+from ftlab.outputs.folder import claim, held, hold
 from ftlab.outputs.sweep import FILE as SWEEP_FILE
 from ftlab.outputs.sweep import set_aside
 from ftlab.storage.addresses import find_run
@@ -76,13 +78,14 @@ def check_command_line(
         ConfigErrors: with everything that is wrong, with all jobs of a sweep.
     """
     flags = get_args_parser().parse_args(list(argv))
-    shows = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion, flags.experimental_rerun)
+    _raise(_misused(flags))
+    shows = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion)
     search = {"primary": flags.config_name or PRIMARY, "extra_dir": flags.config_dir}
     if any(shows):
         _raise(compose(flags.overrides, **search).problems if flags.cfg else [])
         return None
     if resume_in(flags.overrides) is not None:
-        return _check_resumed(flags.overrides, flags.multirun, search)
+        return _check_resumed(flags, search, leads)
     master = compose(flags.overrides, sweep=True, **search)
     if flags.multirun or master.cfg.hydra.mode == RunMode.MULTIRUN:
         _check_jobs(master, flags.overrides, search)
@@ -94,21 +97,53 @@ def check_command_line(
     _raise(misfits(config))
     if not leads(config):
         return config
-    try:
-        claim_folder(folder)
-    except OSError as error:
-        _raise([unwritable(Path(folder).absolute(), error.errno or errno.EIO)])
+    _claim(folder)
     return None
 
 
-def _check_resumed(overrides: Sequence[str], multirun: bool, search: dict[str, Any]) -> dict[str, Any]:
+def _misused(flags: Namespace) -> Iterator[ConfigError]:
+    """Flags that Hydra would end with a traceback for, or with another configuration than the one checked here."""
+    if flags.config_path is not None:
+        problem = "takes the place of conf/, which is what is checked; more options can be had beside it"
+        yield ConfigError("--config-path", problem, f"--config-dir {flags.config_path}")
+    if flags.config_dir is not None and not os.path.isdir(flags.config_dir):
+        yield ConfigError("--config-dir", f"there is no folder {os.path.abspath(flags.config_dir)}")
+    if flags.experimental_rerun is not None:
+        problem = "runs what a file of Hydra's says, unchecked"
+        yield ConfigError("--experimental-rerun", problem, "python -m ftlab reproduce RUN")
+    if flags.resolve and not (flags.cfg or flags.help):
+        yield ConfigError("--resolve", "is for what --cfg shows", "--cfg job --resolve")
+    asked = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(flags, flag)]
+    if len(asked) > 1:
+        yield ConfigError(" ".join(f"--{flag.replace('_', '-')}" for flag in asked), "cannot be had together")
+
+
+def _claim(folder: str) -> None:
+    """Make the folder of a new run and keep every other process from beginning one there."""
+    try:
+        folder = claim_folder(folder)
+        claim(Path(folder))
+    except OSError as error:
+        _raise([unwritable(Path(folder).absolute(), error.errno or errno.EIO)])
+    if (problem := output_problem(folder)) is not None:  # what was begun, and ended, since it was looked at first
+        raise ConfigErrors([problem])
+
+
+def _check_resumed(flags: Namespace, search: dict[str, Any], leads: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """The checked configuration of a run that goes on, in its own folder."""
-    if multirun:
+    if flags.multirun:
         problem = "goes on with one run, but -m starts several new ones"
         raise ConfigError("resume", problem, "python train.py -m init_from=RUN ...")
-    config, composition = resumed_config(overrides, search)
+    config, composition = resumed_config(flags.overrides, search)
     _raise(_check_values(config, composition))
     _raise(misfits(config))
+    if leads(config):
+        run = Path(config["paths"]["output_dir"])
+        try:
+            hold(run).close()
+        except OSError as error:
+            problem = f"nothing can be written in {run}: {os.strerror(error.errno or errno.EIO)}"
+            raise ConfigError(RESUME, problem, f"{override(RESUME, '/a/copy/of/it')}, or init_from={run}") from error
     return config
 
 
@@ -123,9 +158,10 @@ def check_job(cfg: DictConfig) -> dict[str, Any]:
     _raise(problems)
     folder = Path(HydraConfig.get().runtime.output_dir)
     if (folder / "run.json").exists():
-        if Checkpoints(folder / "checkpoints").complete():
-            return resumed_config([override(RESUME, str(folder))], {})[0]
-        set_aside(folder)
+        with held(folder):
+            if Checkpoints(folder / "checkpoints").complete():
+                return resumed_config([override(RESUME, str(folder))], {})[0]
+            set_aside(folder)
     config["paths"]["output_dir"] = str(folder)
     return config
 
@@ -179,6 +215,9 @@ def _beginning(values: dict[str, Any]) -> Iterator[ConfigError]:
             find_run(values["init_from"], "init_from")
         except ConfigError as problem:
             yield problem
+    elif values.get("init_optimizer") is True and "resume" in values:
+        problem = "true, but there is no init_from whose optimizer could be taken"
+        yield ConfigError("init_optimizer", problem, "init_from=RUN init_optimizer=true")
 
 
 def _with_origin(problem: ConfigError, key: str, composition: Composition | None) -> ConfigError:

@@ -31,7 +31,7 @@ from ftlab.config import resolvers
 from ftlab.config.keys import Keys
 from ftlab.config.layers import Layer, Setting, leaves, read_layers
 from ftlab.config.mixtures import with_sets
-from ftlab.config.overrides import CommandLine, read_overrides, several_values, text_of
+from ftlab.config.overrides import CommandLine, read_overrides, several_values, text_of, with_no_option
 from ftlab.errors import ConfigError, ConfigErrors
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -91,7 +91,7 @@ def compose(
     """
     prepare()
     loader = _loader(extra_dir)
-    given = read_overrides(with_sets(overrides, CONF), _options(loader))
+    given = read_overrides(in_hydras_terms(overrides), _options(loader))
     problems = list(given.problems) + ([] if sweep else [several_values(swept) for swept in given.sweeps])
     with hydra_errors(problems):
         choices = [text_of(choice) for choice in given.choices.values()]
@@ -108,6 +108,11 @@ def compose(
         with _reading_files():
             cfg = loader.load_configuration(primary, choices + settings, RunMode.RUN)
     return Composition(cfg, layers, given, problems)
+
+
+def in_hydras_terms(overrides: Sequence[str]) -> list[str]:
+    """``overrides`` with what is ftlab's own way to say it as Hydra has it: a mixture's sets, no option of a group."""
+    return with_sets(with_no_option(overrides, CONF, PRIMARY), CONF)
 
 
 def _touches(given: Override, key: str) -> bool:

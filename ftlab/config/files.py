@@ -60,7 +60,7 @@ def _sibling(path: Path) -> Path | None:
 
 def output_problem(folder: str) -> ConfigError | None:
     """Why no run can be written into ``folder``; None when one can. Nothing is created."""
-    path = Path(folder).expanduser().absolute()
+    path = Path(folder).absolute()
     # torchrun started this process again (--max-restarts): the run is its own, and will be gone on with.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     try:
@@ -75,13 +75,17 @@ def output_problem(folder: str) -> ConfigError | None:
     existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not existing.is_dir():
         return unwritable(path, errno.ENOTDIR)
-    return None if os.access(existing, os.W_OK | os.X_OK) else unwritable(path, errno.EACCES)
+    if os.access(existing, os.W_OK | os.X_OK):
+        return None
+    read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+    return unwritable(path, errno.EROFS if read_only else errno.EACCES)
 
 
 def unwritable(path: Path, number: int) -> ConfigError:
     """The error for a folder that the system refuses to create, by its ``errno``."""
     problem = f"cannot write to {path}: {os.strerror(number)} ({errno.errorcode.get(number, number)})"
-    return ConfigError("paths.output_dir", problem, "paths.output_dir=/a/folder/of/yours")
+    shorter = "a shorter run_name, or " if number == errno.ENAMETOOLONG else ""
+    return ConfigError("paths.output_dir", problem, f"{shorter}paths.output_dir=/a/folder/of/yours")
 
 
 def _describe(run_json: Path) -> str:

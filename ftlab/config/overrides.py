@@ -7,8 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -16,6 +18,7 @@ from hydra.errors import HydraException
 from ftlab.config.mixtures import SETS, WEIGHTS
 from ftlab.errors import ConfigError
 
+_NULL = re.compile(r"(\w+)=(?:[\w,]*,)?null(?:,[\w,]*)?")  # null, or one of several options
 Options = Mapping[str, Sequence[str]]
 
 
@@ -39,6 +42,10 @@ def read_overrides(overrides: Sequence[str], options: Options) -> CommandLine:
     line = CommandLine()
     parser = OverridesParser.create()
     for text in overrides:
+        if not text.isprintable() and re.search(r"[\ud800-\udfff]", text):
+            key, _, value = text.partition("=")
+            line.problems.append(ConfigError(key, f"holds bytes that are not UTF-8: {value!a}"))
+            continue
         try:
             given = parser.parse_override(text)
         except (HydraException, ValueError) as error:  # ValueError: a number of more than 4300 digits
@@ -60,6 +67,20 @@ def read_overrides(overrides: Sequence[str], options: Options) -> CommandLine:
         else:
             line.values.append(given)
     return line
+
+
+def with_no_option(overrides: Sequence[str], conf: Path, primary: str) -> list[str]:
+    """``overrides`` with ``group=null`` as Hydra has it, ``group=[]``, where the primary config itself says null.
+
+    Of a sweep too: ``experiment=null,mine``.
+    """
+    if not any(map(_NULL.fullmatch, overrides)):
+        return list(overrides)
+    defaults = yaml.safe_load((conf / f"{primary}.yaml").read_text(encoding="utf-8"))["defaults"]
+    entries = [entry for entry in defaults if isinstance(entry, dict)]
+    groups = {group for entry in entries for group, option in entry.items() if option is None}
+    none = [bool(found := _NULL.fullmatch(text)) and found[1] in groups for text in overrides]
+    return [re.sub(r"\bnull\b", "[]", text) if is_none else text for text, is_none in zip(overrides, none, strict=True)]
 
 
 def given_values(overrides: Sequence[str]) -> dict[str, Any]:

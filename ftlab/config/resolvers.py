@@ -33,6 +33,7 @@ def register() -> None:
         "by_weights": _by_weights,
         "choose": _choose,
         "first": _first,
+        "expanded": _expanded,
         "fresh_folder": fresh_folder,
         "sweep_subdir": sweep_subdir,
         "chosen": _chosen,
@@ -62,6 +63,11 @@ def _choose(condition: Any, if_true: Any, if_false: Any) -> Any:
 def _first(*values: Any) -> Any:
     """``${ftlab.first:${a},${b}}``: the first that is not null, else null."""
     return next((value for value in values if value is not None), None)
+
+
+def _expanded(path: Any) -> Any:
+    """``${ftlab.expanded:${paths.output_dir}}``: with one's home folder in place of ``~``; null stays null."""
+    return None if path is None else os.path.expanduser(str(path))
 
 
 def fresh_folder(base: str, name: str, per: str = "name") -> str:

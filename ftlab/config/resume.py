@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 
 from ftlab.config.compose import Composition, compose, hydra_globals
 from ftlab.config.layers import leaves
+from ftlab.config.overrides import given_values
 from ftlab.config.resolve import resolve
 from ftlab.config.stored import stored_config
 from ftlab.config.unread import unread
@@ -28,6 +29,7 @@ from ftlab.outputs.folder import read_record
 from ftlab.storage.addresses import Address, candidates, find_run, told
 
 KEY = "resume"
+_CACHE = "paths.cache_dir"
 _MISSING = object()
 
 # What decides the data order, the architecture or the optimizer's state; a run that went on with another would be
@@ -38,9 +40,12 @@ _SETTLED = (
 )
 # Where the same things are by now: fingerprints are compared when they have been read.
 _MOVABLE = ("model.checkpoint", "tokenizer.path", "dataset.data_files", "dataset.source")
-_CALL = re.compile(r"\$\{(?:[^{}]*:|\s*\$)")  # of a resolver: ${oc.env:NAME}
+# Of a resolver: ${oc.env:NAME}, whose name may come from elsewhere: ${oc.${name}:NAME}.
+_CALL = re.compile(r"\$\{[^}]*[:$]")
 # Of a run's own, not of its configuration.
 _OWN = ("resume", "paths.")
+# What only a new run can be told.
+_OF_A_NEW_RUN = ("init_from", "init_optimizer", "paths.output_dir", "hydra.", "hydra/")
 
 
 def resume_in(overrides: Sequence[str]) -> str | None:
@@ -67,13 +72,37 @@ def resumed_config(overrides: Sequence[str], search: dict[str, Any]) -> tuple[di
     """
     text = resume_in(overrides)
     assert text is not None
+    if problems := list(_for_a_new_run(overrides)):
+        raise ConfigErrors(problems)
     address = find_run(text, KEY)
+    _require_record(address.run)
     config = upgraded(_own_config(address), address.run, **search)
     now = [override for override in overrides if _key(override) != KEY]
     composition = _lay_over(config, now, address.run, search) if now else None
     config["paths"] = {**config.get("paths", {}), "output_dir": str(address.run)}
+    if _CACHE in (given := given_values(now)):  # of this machine: no run is another for it
+        config["paths"]["cache_dir"] = given[_CACHE]
     config[KEY] = {"run": str(address.run), "at": address.at, "overrides": now}
     return config, composition
+
+
+def _for_a_new_run(overrides: Sequence[str]) -> Iterator[ConfigError]:
+    """What beside ``resume`` would be ignored."""
+    if len([text for text in overrides if _key(text) == KEY]) > 1:
+        yield ConfigError(KEY, "is given twice, but one run goes on at a time", f"{KEY}=RUN")
+    for text in overrides:
+        if (key := _key(text)).startswith(_OF_A_NEW_RUN):
+            yield ConfigError(key, f"is for a new run, but {KEY} goes on with one, in its folder", f"leave out {text}")
+
+
+def _require_record(run: Path) -> None:
+    try:
+        record = read_record(run)
+        sound = isinstance(record["status"], str) and isinstance(record.get("resumed", []), list)
+    except (OSError, ValueError, KeyError):
+        sound = False
+    if not sound:
+        raise CheckpointError(run / "run.json", "is damaged", f"a new run from these weights: init_from={run}")
 
 
 def upgraded(config: dict[str, Any], run: Path, **search: Any) -> dict[str, Any]:
@@ -187,7 +216,7 @@ def _overrides_before(run: Path) -> list[str]:
     except (OSError, ValueError, TypeError, AttributeError):
         pass  # a run that was not started from a command line
     # Whoever wrote this folder does not get to ask this machine's environment, nor to name folders of options.
-    believed = [text for text in typed if not _CALL.search(text) and not _key(text).startswith("hydra.")]
+    believed = [text for text in typed if not _calls(text) and not _key(text).startswith("hydra.")]
     return [text for text in believed if _key(text) not in (KEY, "")]
 
 
@@ -196,6 +225,11 @@ def _key(override: str) -> str:
         return OverridesParser.create().parse_override(override).key_or_group
     except (HydraException, ValueError):
         return "" if "=" not in override else override.partition("=")[0].lstrip("+~")
+
+
+def _calls(override: str) -> bool:
+    """Whether a resolver is called in it, as it stands there or once Hydra has read it (``$\\{`` is ``${`` then)."""
+    return bool(_CALL.search(override) or any(_CALL.search(str(value)) for value in given_values([override]).values()))
 
 
 def _leaves(composition: Composition) -> dict[str, Any]:
@@ -207,7 +241,9 @@ def _leaves(composition: Composition) -> dict[str, Any]:
 def _unsettling(changed: dict[str, Any], held: dict[str, Any], run: Path) -> Iterator[ConfigError]:
     """The changes that would make it another run."""
     for key, value in changed.items():
-        if key.startswith(_SETTLED) and not key.startswith(_MOVABLE):
+        # Weights that were random have no place, and none can be given to them.
+        moves = key.startswith(_MOVABLE) and (key != "model.checkpoint" or None not in (held.get(key), value))
+        if key.startswith(_SETTLED) and not moves:
             new = "nothing" if value is _MISSING else repr(value)
             yield ConfigError(
                 key,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,11 +184,21 @@ class AnyOf(Rule):
             yield problems[0][0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part(Rule):
+    """What an object is built from: a mapping that names its class."""
+
+    def broken_by(self, value: Any) -> str | None:
+        named = isinstance(value, Mapping) and isinstance(value.get("_target_"), str)
+        return None if named else f"must hold a _target_ with its arguments, or be null, got {value!r}"
+
+
 COUNT = Number(whole=True, low=1)
 OPTIONAL_COUNT = Number(whole=True, low=1, optional=True)
 SHARE = Number(name="share", low=0, below=1)  # of something; all of it would leave nothing
 DTYPE = OneOf(("float32", "bfloat16", "float16"))
 _EPS = Number(low=0, open_low=True, example=1e-8)
+_FIELDS = ("instruction", "input", "output", "messages", "system", "tools", "family")
 FILES = AnyOf((Text(), ListOf(Text())), optional=True)
 
 RULES: dict[str, Rule] = {
@@ -214,13 +224,15 @@ RULES: dict[str, Rule] = {
     "model.max_seq_len": COUNT,
     "model.sliding_window": OPTIONAL_COUNT,
     "model.norm_eps": Number(low=0, open_low=True, example=1e-5),
+    "model.rope_scaling": Part(optional=True),
     "model.rope_theta": Number(low=0, open_low=True, example=10000.0),
     "tokenizer.path": Text(example="/path/to/tokenizer.model"),
     "tokenizer.added_tokens": ListOf(Text()),
     "tokenizer.added_special_tokens": ListOf(Text()),
     "dataset.data_files": FILES,
-    "dataset.column_map.input": Text(optional=True),
-    "dataset.column_map.family": Text(optional=True),
+    "dataset.source": Text(),
+    **{f"dataset.column_map.{field}": Text(optional=True) for field in _FIELDS},
+    "dataset.template.path": Text(optional=True),
     "dataset.val_fraction": Number(name="share", low=0, below=1, optional=True, example=0.05),
     "dataset.max_samples": OPTIONAL_COUNT,
     "dataset.epoch_rows": OPTIONAL_COUNT,

@@ -11,7 +11,8 @@ import logging
 import os
 import platform
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from secrets import token_hex
@@ -76,15 +77,16 @@ class FolderInUseError(FtlabError):
         return f"{self.folder} is in use by {self.holder or 'another process'}: a run is written by one job at a time"
 
 
-def hold(folder: Path) -> TextIO:
+def hold(folder: Path, kind: int = fcntl.LOCK_EX) -> TextIO:
     """Take the folder's lock, which is let go of when the file is closed or this process ends, however that happens.
 
     Raises:
         FolderInUseError: another process has it.
+        OSError: nothing can be written there.
     """
     file = (folder / ".lock").open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise FolderInUseError(folder, file.read().strip()) from None
@@ -92,6 +94,48 @@ def hold(folder: Path) -> TextIO:
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
+
+
+# Folders that this process holds for a run that it, or a worker that it starts, will write; by their real paths.
+_claimed: dict[str, TextIO] = {}
+_ROOM = 2**17  # bytes that the first files of a run need, before anything of it is imported
+
+
+def claim(folder: Path) -> None:
+    """`hold` the folder from now on, for the run that will be begun in it.
+
+    Raises:
+        FolderInUseError: another process has it.
+        OSError: nothing can be written there, or not enough.
+    """
+    if (name := os.path.realpath(folder)) not in _claimed:
+        _claimed[name] = hold(folder)
+        trial = folder / ".room"
+        try:
+            trial.write_bytes(bytes(_ROOM))
+        finally:
+            trial.unlink(missing_ok=True)
+
+
+def claim_lent(folder: Path) -> None:
+    """Hold beside the process that started this one a folder which that one has `lent`."""
+    _claimed[os.path.realpath(folder)] = hold(folder, fcntl.LOCK_SH)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """`hold` the folder for a moment, unless this process has claimed it."""
+    with nullcontext() if os.path.realpath(folder) in _claimed else hold(folder):
+        yield
+
+
+@contextmanager
+def lent(folder: Path) -> Iterator[None]:
+    """Keep the folder for a worker of this process, which is to `claim_lent` it; nobody else gets it in between."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _claimed.pop(os.path.realpath(folder), None) or hold(folder) as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
 
 
 def is_held(folder: Path) -> bool:
@@ -150,8 +194,9 @@ class RunFolder:
 
         Raises:
             FolderInUseError: when another one does.
+            OSError: nothing can be written there.
         """
-        self._lock = hold(self.path)
+        self._lock = _claimed.pop(os.path.realpath(self.path), None) or hold(self.path)
 
     def unlock(self) -> None:
         """Let others write it."""

@@ -28,9 +28,10 @@ _SECRET_NAME = (
 )
 _SECRET_KEY = re.compile(rf"(?:.*[./])?{_SECRET_NAME}", re.IGNORECASE)
 # `name=value` and `name: "value"` inside a string: overrides, command lines, query strings, printed mappings.
-# Numbers stay ("loss per token: 0.693147"), and so do interpolations, which hold a secret's name only.
+# Numbers stay ("loss per token: 0.693147"), and so do interpolations, which hold a secret's name only, and the fields
+# of a prompt ("Password: {input}").
 _ASSIGNMENT = re.compile(
-    rf"(?<!\w)({_SECRET_NAME}[\"']?\s?[=:]\s?[\"']?)(?!\$\{{|[\d.]+\b(?!\w))[^\s\"',;&}}\]]{{6,}}",
+    rf"(?<!\w)({_SECRET_NAME}[\"']?\s?[=:]\s?[\"']?)(?!\$?\{{|[\d.]+\b(?!\w))[^\s\"',;&}}\]]{{6,}}",
     re.IGNORECASE,
 )
 _URL_LOGIN = re.compile(r"(\w://)[^\s/@:]*:[^\s/]+@")

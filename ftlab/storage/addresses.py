@@ -66,16 +66,20 @@ def _taken_apart(text: str, key: str) -> tuple[str, int | str | None]:
     path = Path(text)
     if path.parent.name == "checkpoints":
         digits = path.name.removeprefix("step_")
-        if not digits.isdecimal():
+        if not _is_number(digits):
             raise ConfigError(key, f"{text}: a checkpoint's folder is named step_<number>")
         return str(path.parent.parent), int(digits)
     name, at_sign, at = text.rpartition("@")
     if not at_sign or "/" in at:
         return text, None
     step = at.removeprefix("step_").removeprefix("step-")
-    if at != "best" and not step.isdecimal():
-        raise ConfigError(key, f"{text}: after @ comes a step or best, not {at!r}", f"{key}={name}@best")
+    if at != "best" and not _is_number(step):
+        raise ConfigError(key, f"{name}: after @ comes a step or best, not {at[:40]!r}", f"{key}={name}@best")
     return name, at if at == "best" else int(step)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 20  # Python itself reads no more than 4,300 digits
 
 
 def candidates(address: Address) -> list[Found]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from ftlab.cli import main as ftlab
 from ftlab.config.check import check_command_line
-from ftlab.errors import ConfigError, ConfigErrors
+from ftlab.errors import CheckpointError, ConfigError, ConfigErrors
 from ftlab.jobs import launch
 from ftlab.storage.addresses import candidates, find_run
 from ftlab.storage.checkpoints import Checkpoints
@@ -116,6 +117,7 @@ def test_a_finished_run_has_nothing_to_go_on_with_unless_it_is_prolonged(run: Fi
         ("precision=bf16", "precision.param_dtype"),
         ("trainer.gradient_accumulation_steps=2", "trainer.gradient_accumulation_steps"),
         ("tokenizer=byte", "tokenizer._target_"),
+        ("model.checkpoint=/", "model.checkpoint"),
     ],
 )
 def test_what_would_make_it_another_run_is_refused_with_the_way_out(
@@ -139,11 +141,35 @@ def test_options_and_keys_that_follow_from_one_another_change_together(straight:
 
 
 @pytest.mark.parametrize(
+    "override",
+    ["init_from=latest", "init_optimizer=true", "paths.output_dir=new", "hydra.run.dir=new", "resume=latest"],
+)
+def test_what_is_for_a_new_run_is_refused_by_name(override: str, straight: FinishedRun) -> None:
+    with pytest.raises(ConfigErrors, match=override.partition("=")[0]):
+        check_command_line([f"resume={straight.folder}", "trainer.max_steps=20", override])
+
+
+def test_the_cache_may_be_elsewhere_by_now(straight: FinishedRun, tmp_path: Path) -> None:
+    config = check_command_line([f"resume={straight.folder}", "trainer.max_steps=20", f"paths.cache_dir={tmp_path}"])
+    assert config is not None
+    assert config["paths"] == {"output_dir": str(straight.folder), "cache_dir": str(tmp_path)}
+
+
+@pytest.mark.parametrize("record", ['{"status": "comp', "{}", "[]", '{"status": "completed", "resumed": 4}'])
+def test_a_damaged_record_is_named(record: str, run: FinishedRun) -> None:
+    (run.folder / "run.json").write_text(record)
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        check_command_line([f"resume={run.folder}", "trainer.max_steps=20"])
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("{run}@50", "has no checkpoint step_00000050; complete checkpoints: steps 3, 5, 6, 9, 10, 12"),
         ("{run}/checkpoints/step_00000007", "has no checkpoint step_00000007"),
         ("{run}@first", "after @ comes a step or best"),
+        (f"{{run}}@{'9' * 5000}", "after @ comes a step or best"),
+        (f"{{run}}/checkpoints/step_{'9' * 5000}", "a checkpoint's folder is named step_<number>"),
         ("{run}x", "there is no folder"),
         ("{run}/checkpoints", "is no run's folder"),
     ],
@@ -184,10 +210,28 @@ def test_resume_is_for_the_command_line_and_for_one_run(straight: FinishedRun) -
 def test_two_jobs_do_not_write_one_folder(run: FinishedRun) -> None:
     from ftlab.outputs.folder import FolderInUseError, RunFolder
 
+    argv = [f"resume={run.folder}", "trainer.max_steps=14"]
+    early = check_command_line(argv)
     holder = RunFolder(run.folder)
     holder.lock()
+    before = (run.folder / "train.log").read_text()
     with pytest.raises(FolderInUseError, match="is in use by process"):
-        resume(f"resume={run.folder}", "trainer.max_steps=14")
+        check_command_line(argv)
+    with pytest.raises(FolderInUseError, match="is in use by process"):  # one that looked before
+        launch(early or {}, own_process=False)
+    holder.unlock()
+    assert (run.folder / "train.log").read_text() == before
+
+
+def test_a_run_on_a_disk_that_cannot_be_written_is_told_before_its_log_is(
+    run: FinishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr("ftlab.config.check.hold", refuse)
+    with pytest.raises(ConfigError, match=r"nothing can be written in .*: Read-only file system"):
+        check_command_line([f"resume={run.folder}", "trainer.max_steps=14"])
 
 
 # ------------------------------------------------------------------------------------------------ W&B

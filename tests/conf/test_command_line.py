@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import runpy
@@ -17,6 +18,7 @@ from hydra.core.plugins import Plugins
 
 from ftlab.config import check, resolvers
 from ftlab.errors import FtlabError
+from ftlab.outputs.folder import hold, is_held
 from hydra_plugins.ftlab_sweeps import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +172,41 @@ def test_a_second_run_into_a_folder_is_refused(script: Script, tmp_path: Path, c
     (tmp_path / "mine" / "run.json").write_text('{"name": "first", "id": "1a2b", "status": "completed"}')
     assert script(f"paths.output_dir={tmp_path / 'mine'}") == 2
     assert "already holds the run 'first' (1a2b, completed)" in capsys.readouterr().err
+
+
+def test_a_folder_in_which_another_process_begins_a_run_is_left_alone(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    with hold(tmp_path / "mine"):
+        assert script(f"paths.output_dir={tmp_path / 'mine'}") == 2
+    assert "is in use by process" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "mine") == [".lock"]
+    assert script.jobs == []
+
+
+def test_a_run_keeps_its_folder_while_hydra_and_the_job_are_at_work(script: Script, tmp_path: Path) -> None:
+    held = []
+    script.monkeypatch.setattr("ftlab.outputs.secrets.mask_files", lambda _: held.append(is_held(tmp_path / "mine")))
+    assert script(f"paths.output_dir={tmp_path / 'mine'}") == 0
+    assert held == [True]
+
+
+def test_a_disk_that_is_full_is_told_before_hydra_writes(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    script.monkeypatch.setattr(check, "claim", full)
+    assert script("paths.output_dir=mine") == 2
+    assert "mine: No space left on device (ENOSPC)" in capsys.readouterr().err
+    assert os.listdir("mine") == []
+
+
+def test_the_folder_may_be_below_ones_home(script: Script, tmp_path: Path) -> None:
+    script.monkeypatch.setenv("HOME", str(tmp_path))
+    assert script("paths.output_dir='~/mine'") == 0
+    assert script.jobs[0]["paths"]["output_dir"] == str(tmp_path / "mine")
+    assert os.listdir(tmp_path) == ["mine"]
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["--info", "defaults"], ["--hydra-help"]])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -34,6 +36,7 @@ WRONG = {
     "unreadable value": (["run_name=a{b"], ["run_name", "cannot be read"]),
     "unknown option": (["precision=fp17"], ["precision: has no option 'fp17'", "bf16", "fp32", "try: precision=fp"]),
     "no option": (["optimizer=null"], ["optimizer", "choices: ", "adamw"]),
+    "no option of a list": (["debug=[null]"], ["debug", "choices: ", "smoke"]),
     "two options": (["optimizer=sgd", "optimizer=adamw"], ["optimizer", "two options"]),
     "second option": (["+optimizer=sgd"], ["optimizer", "second optimizer", "try: optimizer=sgd"]),
     "mandatory value": (["optimizer.lr='???'"], ["optimizer.lr", "must be given"]),
@@ -104,6 +107,19 @@ WRONG = {
     "fraction as a count": (["trainer.batch_size=2.5"], ["trainer.batch_size: must be a whole number, got 2.5"]),
     "number as text": (["run_name=2026"], ["run_name: must be text, got 2026", "run_name=\"'2026'\""]),
     "device": (["device=gpu"], ["device: must be one of auto, cpu, cuda, got 'gpu'", "try: device=cpu"]),
+    "bytes that are no text": (["run_name=caf\udce9"], ["run_name: holds bytes that are not UTF-8", r"'caf\udce9'"]),
+    "an optimizer to begin with, of nobody": (["init_optimizer=true"], ["init_optimizer", "init_from=RUN"]),
+    "number as longer waves": (["model.rope_scaling=1"], ["model.rope_scaling", "_target_", "got 1"]),
+    "longer waves without a class": (["model.rope_scaling={factor:8.0}"], ["model.rope_scaling", "'factor': 8.0"]),
+    "number as a column": (
+        ["dataset=chat", "dataset.source=json", "dataset.column_map={system:3,tools:4,messages:5}"],
+        [f"dataset.column_map.{field}: must be text" for field in ("messages", "system", "tools")],
+    ),
+    "number as a template's file": (
+        ["dataset=chat_own_template", "dataset.source=json", "dataset.template.path=5"],
+        ["dataset.template.path: must be text, got 5"],
+    ),
+    "number as a set": (["dataset=instruct", "dataset.source=7"], ["dataset.source: must be text, got 7"]),
     "heads": (["model.dim=130"], ["model.dim: 130", "model.n_heads = 4", "try: model.dim=132"]),
     "key and value heads": (["model.n_kv_heads=3"], ["model.n_heads: 4", "model.n_kv_heads = 3"]),
     "reference to nothing": (["optimizer.lr=${trainer.lr}"], ["does not exist: optimizer.lr -> trainer.lr"]),
@@ -156,6 +172,25 @@ def test_everything_wrong_is_told_at_once(problems: Problems) -> None:
 
 def test_the_defaults_have_no_problem(problems: Problems) -> None:
     assert problems() == ""
+    assert problems("experiment=null", "sweep=null", "debug=null") == ""  # nor when they are typed
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--config-path=/nowhere"], "--config-path: takes the place of conf/"),
+        (["--config-dir=/nowhere"], "--config-dir: there is no folder /nowhere"),
+        (["--resolve"], "try: --cfg job --resolve"),
+        (["--experimental-rerun", "nowhere"], "try: python -m ftlab reproduce RUN"),
+        (["--run", "--multirun"], "--run --multirun: cannot be had together"),
+    ],
+)
+def test_a_flag_that_hydra_would_stumble_over_is_told_before_anything_is_made(
+    flags: list[str], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigErrors, match=re.escape(told)):
+        check_command_line([*flags, f"paths.output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("option", ["gsm8k", "ultrachat"])
@@ -292,6 +327,17 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_systems_reason(tmp_
     (tmp_path / "file").write_text("")
     told = str(output_problem(str(tmp_path / "file" / "run")))
     assert f"cannot write to {tmp_path}/file/run: Not a directory (ENOTDIR)" in told
+
+
+def test_a_read_only_disk_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "Permission denied (EACCES)" in str(output_problem(str(tmp_path / "run")))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    assert "Read-only file system (EROFS)" in str(output_problem(str(tmp_path / "run")))
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_told_as_that(tmp_path: Path) -> None:
+    assert "try: a shorter run_name, or paths.output_dir=" in str(output_problem(str(tmp_path / ("x" * 300))))
 
 
 def test_a_sweep_is_checked_whole_before_its_first_job(tmp_path: Path) -> None:

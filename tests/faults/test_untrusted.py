@@ -239,6 +239,32 @@ def test_s10_nothing_in_a_stored_configuration_is_resolved(
         assert config["run_name"] == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'x${oc.${run_name}:PLANTED}'",
+        "'x${${run_name}:PLANTED}'",
+        "'x${oc.env:PLANTED}'",
+        r"x$\{oc.env\:PLANTED\}",  # Hydra takes the backslashes away
+        r"x$\{oc.$\{run_name\}\:PLANTED\}",
+    ],
+)
+def test_s10_a_stored_command_line_does_not_read_the_environment(
+    text: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLANTED", SECRET)
+    name = "oc.env" if "${${" in text else "env"
+    overrides = [f"run_name={name}", "logger=[wandb]", f"logger.wandb.project={text}"]
+    (run / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    # A node without the key, which today's command line would fill in.
+    node = {"_target_": "ftlab.loggers.wandb.WandbLogger", "entity": None, "group": None, "job_type": None, "tags": []}
+    change_stored(run, lambda config: config.update(logger={"wandb": node}))
+    config = check_command_line([f"resume={run}"])
+    assert config is not None
+    assert "project" in config["logger"]["wandb"]
+    assert SECRET not in json.dumps(config)
+
+
 def test_s10_a_stored_command_line_names_no_folder_of_options(run: Path, tmp_path: Path) -> None:
     (tmp_path / "evil" / "loss").mkdir(parents=True)
     (tmp_path / "evil" / "loss" / "mine.yaml").write_text("_target_: os.system\ncommand: 'true'\n")

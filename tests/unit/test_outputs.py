@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from ftlab.outputs import environment
 from ftlab.outputs import logs as log_records
 from ftlab.outputs.files import append_jsonl
-from ftlab.outputs.folder import RunFolder
+from ftlab.outputs.folder import FolderInUseError, RunFolder, claim, claim_lent, hold, is_held, lent
 from ftlab.outputs.logs import setup_logging
 from ftlab.outputs.secrets import mask_files, mask_secrets
 
@@ -75,6 +75,8 @@ def test_what_stands_under_a_name_that_says_secret_is_masked(key):
         "tokenizer=sentencepiece tokenizer.path=../tokenizer.model",
         "${oc.env:WANDB_API_KEY}",
         "api_key=${oc.env:WANDB_API_KEY}",
+        {"prompt": "Label this token: {input}"},
+        "Password: {instruction}",
         "task-with-a-long-hyphenated-name",
         "hf_transfer and hf_checkpoint_folder_name_long",
     ],
@@ -147,6 +149,32 @@ def test_code_state_is_null_where_ftlab_is_no_checkout_of_its_own(tmp_path, monk
     elsewhere = str(tmp_path / "site-packages" / "ftlab" / "outputs" / "environment.py")
     monkeypatch.setattr(environment, "__file__", elsewhere)
     assert environment.code_state() == {"commit": None, "dirty": None}
+
+
+def test_a_claimed_folder_is_nobody_elses_until_its_run_ends(tmp_path):
+    claim(tmp_path)
+    claim(tmp_path)  # it may look twice
+    with pytest.raises(FolderInUseError):
+        hold(tmp_path)  # as another process does: a lock is of the opened file
+    run = RunFolder(tmp_path)
+    run.lock()
+    assert is_held(tmp_path)
+    run.unlock()
+    assert not is_held(tmp_path)
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_folder_is_handed_to_a_worker_without_a_moment_in_which_others_get_it(tmp_path):
+    claim(tmp_path)
+    with lent(tmp_path):
+        with pytest.raises(FolderInUseError):
+            hold(tmp_path)
+        claim_lent(tmp_path)
+    worker = RunFolder(tmp_path)
+    worker.lock()
+    assert is_held(tmp_path)  # though whoever started it is gone
+    worker.unlock()
+    assert not is_held(tmp_path)
 
 
 def test_jsonl_rows_are_appended_one_a_line(tmp_path):
