@@ -26,9 +26,9 @@ from ftlab.config.layers import leaves
 from ftlab.config.overrides import several_values, text_of
 from ftlab.config.resolve import resolve
 from ftlab.config.resolvers import claim_folder
-from ftlab.config.resume import KEY, resume_in, resumed_config
 from ftlab.config.resume import KEY as RESUME
-from ftlab.config.rules import RULES, override, rule_for
+from ftlab.config.resume import resume_in, resumed_config
+from ftlab.config.rules import RULES, rule_for
 from ftlab.config.sweeps import extremes, is_ours, wrong_settings
 from ftlab.config.targets import forbidden, misfits, unnamed
 from ftlab.errors import ConfigError, ConfigErrors
@@ -36,6 +36,7 @@ from ftlab.outputs.sweep import FILE as SWEEP_FILE
 from ftlab.outputs.sweep import set_aside
 from ftlab.storage.addresses import find_run
 from ftlab.storage.checkpoints import Checkpoints
+from ftlab.typed import argument, override
 
 
 def compose_config(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def check_job(cfg: DictConfig) -> dict[str, Any]:
     folder = Path(HydraConfig.get().runtime.output_dir)
     if (folder / "run.json").exists():
         if Checkpoints(folder / "checkpoints").complete():
-            return resumed_config([override(RESUME, str(folder))], {})[0]
+            return resumed_config([argument(RESUME, str(folder))], {})[0]
         set_aside(folder)
     config["paths"]["output_dir"] = str(folder)
     return config
@@ -145,7 +146,7 @@ def first_phase(composition: Composition) -> tuple[dict[str, Any], list[ConfigEr
 def _check_values(config: dict[str, Any], composition: Composition | None) -> Iterator[ConfigError]:
     values = dict(leaves(config))
     # Mappings where single values belong; where a run goes on from is one.
-    values |= {key: value for key, value in _mappings(config) if key in RULES and key != KEY}
+    values |= {key: value for key, value in _mappings(config) if key in RULES and key != RESUME}
     fine = dict(values)
     for key, value in values.items():
         rule = rule_for(key, composition.default(key) if composition else None)
@@ -171,7 +172,8 @@ def _mappings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _beginning(values: dict[str, Any]) -> Iterator[ConfigError]:
     """What is wrong with where a new run begins."""
     if values.get("resume") is not None:
-        yield ConfigError("resume", "belongs on the command line", f"python train.py resume={values['resume']}")
+        fix = f"python train.py {override(RESUME, values['resume'])}"
+        yield ConfigError(RESUME, "belongs on the command line", fix)
     elif values.get("init_from") is not None and "resume" in values:  # one that goes on has been begun already
         try:
             find_run(values["init_from"], "init_from")

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 
 from ftlab.config.mixtures import SETS, WEIGHTS
 from ftlab.errors import ConfigError
+from ftlab.typed import in_shell, override
 
 Options = Mapping[str, Sequence[str]]
 
@@ -76,7 +77,7 @@ def given_values(overrides: Sequence[str]) -> dict[str, Any]:
 def several_values(given: Override) -> ConfigError:
     """The error for an override that sweeps where one run was asked for."""
     problem = f"{text_of(given)} names several values: -m makes a run of each, [...] makes a list of them"
-    return ConfigError(given.key_or_group, problem, f"-m {text_of(given)}")
+    return ConfigError(given.key_or_group, problem, f"-m {in_shell(text_of(given))}")
 
 
 def text_of(override: Override) -> str:
@@ -92,7 +93,7 @@ def _unreadable(text: str, told: str) -> ConfigError:
     if "[" in key:
         plain = re.sub(r"\[(\w+)\]", r".\1", key)
         return ConfigError(key, "is not how an element of a list is named", f"{plain}={value}")
-    return ConfigError(key, f"cannot be read: {told.splitlines()[0]}", f"{key}=\"'{value}'\"   (as text)")
+    return ConfigError(key, f"cannot be read: {told.splitlines()[0]}", f"{override(key, value)}   (as text)")
 
 
 def _place(given: Override, options: Sequence[str], line: CommandLine) -> None:

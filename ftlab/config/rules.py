@@ -8,32 +8,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ftlab.errors import ConfigError
-
-
-def as_typed(value: Any) -> str:
-    """``value`` as one types it on a command line, quoted where Hydra would read text as something else."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(map(as_typed, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{as_typed(element)}' for key, element in value.items())}}}"
-    if isinstance(value, str) and not re.fullmatch(
-        r"(?!(?i:null|true|false|nan|inf)$)[\w./:~-]*[A-Za-z_/~][\w./:~-]*", value
-    ):
-        return f"\"'{value}'\""
-    return str(value)
-
-
-def override(key: str, value: Any) -> str:
-    """``key=value``, to paste."""
-    return f"{key}={as_typed(value)}"
+from ftlab.typed import as_typed, override
 
 
 def _bound(value: float) -> str:

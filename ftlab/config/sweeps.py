@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,10 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException
 
-from ftlab.config.rules import COUNT, Number, OneOf, Rule, override
+from ftlab.config.rules import COUNT, Number, OneOf, Rule
 from ftlab.errors import ConfigError
 from ftlab.outputs.sweep import SweepFolder
+from ftlab.typed import argument, override
 
 RESUME = "sweep.resume"
 # Of the whole sweep: a job is the same job without them.
@@ -49,7 +49,7 @@ def with_resumed_sweep(argv: Sequence[str]) -> list[str]:
     if all(_key(text).startswith("hydra") for text in of_the_jobs(typed)):
         typed = [*(text for text in of_the_jobs(sweep.about["command"]) if _key(text) not in keys), *typed]
     others = [argument for argument in argv if argument not in flags.overrides and argument not in ("-m", "--multirun")]
-    return [*others, "-m", *typed, override("paths.output_dir", str(sweep.path))]
+    return [*others, "-m", *typed, argument("paths.output_dir", str(sweep.path))]
 
 
 def with_one_shown(argv: Sequence[str]) -> list[str]:
@@ -127,14 +127,17 @@ def extremes(swept: Override) -> list[str]:
 
 
 def _resumed(text: str) -> str | None:
-    key, _, value = text.lstrip("+").partition("=")
-    if key != RESUME or value in ("", "null"):
+    """The folder of the sweep that an override asks to go on with; who checks the command line tells of any other."""
+    try:
+        given = OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError):
         return None
-    return re.sub(r"""^(["']+)(.*)\1$""", r"\2", value)  # a path may hold what Hydra would read as something else
+    folder = given.value() if given.key_or_group == RESUME else None
+    return folder if isinstance(folder, str) and folder.strip() else None
 
 
 def _key(text: str) -> str:
     try:
         return OverridesParser.create().parse_override(text).key_or_group
-    except HydraException:
+    except (HydraException, ValueError):
         return text.partition("=")[0].lstrip("+~")

@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ftlab.config.build import build
 from ftlab.config.compose import CONF
-from ftlab.config.rules import override
 from ftlab.config.sweeps import of_the_jobs
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.outputs.files import shortest
 from ftlab.outputs.sweep import Job, SweepFolder
+from ftlab.typed import argument, override
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +99,8 @@ class GridSweeper(Sweeper):
         self.exit_codes |= {job.number: _exit_code(result) for job, result in zip(free, results, strict=False)}
 
     def _told(self, job: Job) -> list[str]:
-        where = {"hydra.sweep.dir": self.path, "hydra.sweep.subdir": job.folder}
-        return [*job.overrides, *(f"{key}='{value}'" for key, value in where.items())]
+        where = {"hydra.sweep.dir": str(self.path), "hydra.sweep.subdir": job.folder}
+        return [*job.overrides, *(argument(key, value) for key, value in where.items())]
 
     def _look(self) -> None:
         """After each job: what became of it."""

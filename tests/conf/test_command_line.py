@@ -17,6 +17,7 @@ from hydra.core.plugins import Plugins
 
 from ftlab.config import check, resolvers
 from ftlab.errors import FtlabError
+from ftlab.typed import argument
 from hydra_plugins.ftlab_sweeps import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +139,17 @@ def test_the_jobs_of_a_sweep_over_models_share_one_folder(script: Script) -> Non
     assert script("-m", "model=llama_tiny,llama2_7b", "model.checkpoint=null", "tokenizer=byte") == 0
     assert len({Path(config["paths"]["output_dir"]).parent for config in script.jobs}) == 1
     assert [config["run_name"] for config in script.jobs] == ["llama_tiny", "llama2_7b"]
+
+
+@pytest.mark.parametrize("name", ["my sweeps", "it's"])
+def test_a_sweep_runs_and_goes_on_in_whatever_folder_it_is(name: str, script: Script, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    script.monkeypatch.chdir(tmp_path / name)
+    script.outcomes = [0, FtlabError("no")]
+    assert script("-m", "seed=1,2", argument("paths.output_dir", name)) == 1
+    assert script(argument("sweep.resume", name)) == 0
+    assert [config["seed"] for config in script.jobs] == [1, 2, 2]
+    assert {Path(config["paths"]["output_dir"]).parent for config in script.jobs} == {tmp_path / name / name}
 
 
 def test_a_failed_job_does_not_stop_the_sweep_and_the_worst_exit_code_is_kept(script: Script) -> None:

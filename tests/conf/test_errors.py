@@ -13,7 +13,9 @@ import yaml
 from ftlab.config.check import check_command_line, compose_config
 from ftlab.config.files import output_problem
 from ftlab.config.targets import forbidden
-from ftlab.errors import ConfigErrors
+from ftlab.errors import ConfigError, ConfigErrors
+from ftlab.storage.addresses import find_run
+from ftlab.typed import override
 
 Problems = Callable[..., str]
 
@@ -230,6 +232,22 @@ def test_a_folder_that_holds_a_run_is_refused_with_that_runs_name(tmp_path: Path
     told = str(output_problem(str(tmp_path)))
     assert "already holds the run 'llama_tiny' (1a2b, completed)" in told
     assert f"try: paths.output_dir={tmp_path}_2, or to go on with that run: resume={tmp_path}" in told
+
+
+@pytest.mark.parametrize("name", ["run 1", "it's", "0_seed=1"])
+def test_what_to_type_about_a_folder_can_be_pasted(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+
+    def fix_of(wrong: str) -> str | None:
+        with pytest.raises(ConfigError) as caught:
+            find_run(wrong, "resume")
+        return caught.value.fix
+
+    assert str(output_problem(str(folder))).endswith(override("resume", str(folder)))
+    assert fix_of(f"{folder}0") == override("resume", str(folder))
+    assert fix_of(f"{folder}@bset") == override("resume", f"{folder}@best")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_with_the_systems_reason(tmp_path: Path) -> None:

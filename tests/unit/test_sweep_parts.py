@@ -33,6 +33,7 @@ from ftlab.errors import (
 from ftlab.outputs import killed
 from ftlab.outputs.folder import FolderInUseError
 from ftlab.outputs.sweep import SweepFolder, fail, set_aside
+from ftlab.typed import argument
 from hydra_plugins.ftlab_sweeps.launcher import share_of
 
 
@@ -161,6 +162,13 @@ def test_a_sweep_is_gone_on_with_as_it_was_started_or_as_one_says_now(tmp_path: 
     assert with_resumed_sweep(["seed=1"]) == ["seed=1"]
     with pytest.raises(ConfigError, match="there is no sweep in"):
         with_resumed_sweep([f"sweep.resume={tmp_path}"])
+
+
+@pytest.mark.parametrize("name", ["s w", "it's", "0_seed=1", "1e3", "50% of $HOME"])
+def test_a_sweep_is_gone_on_with_in_whatever_folder_it_is(name: str, tmp_path: Path) -> None:
+    SweepFolder.begin(tmp_path / name, ["seed=1,2"], "val/loss").end()
+    [*_, folder] = with_resumed_sweep([argument("sweep.resume", str(tmp_path / name))])
+    assert OverridesParser.create().parse_override(folder).value() == str(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------- shares, ranges
