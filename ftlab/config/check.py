@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ftlab.config.compose import PRIMARY, Composition, compose, hydra_errors, hydra_globals
+from ftlab.config.compose import PRIMARY, Composition, compose, config_loader, hydra_errors, hydra_globals
 from ftlab.config.contradictions import contradictions
 from ftlab.config.files import missing_inputs, output_problem, unwritable
 from ftlab.config.layers import leaves
@@ -29,7 +29,7 @@ from ftlab.config.resolvers import claim_folder
 from ftlab.config.resume import KEY as RESUME
 from ftlab.config.resume import resume_in, resumed_config
 from ftlab.config.rules import RULES, rule_for
-from ftlab.config.sweeps import extremes, is_ours, wrong_settings
+from ftlab.config.sweeps import extremes, is_ours, wrong_settings, wrong_sweep
 from ftlab.config.targets import forbidden, misfits, unnamed
 from ftlab.errors import ConfigError, ConfigErrors
 from ftlab.outputs.sweep import FILE as SWEEP_FILE
@@ -213,7 +213,7 @@ def _check_jobs(master: Composition, overrides: Sequence[str], search: dict[str,
         problems.append(ConfigError("paths.output_dir", f"{folder} already holds a sweep", fix))
     told = {(problem.key, problem.problem) for problem in problems}
     configs: list[dict[str, Any]] = []
-    for number, job in enumerate(_jobs(master, overrides)):
+    for number, job in enumerate(_jobs(master, overrides, search)):
         composition = compose(job, **search)
         config, found = first_phase(composition)
         configs.append(config)
@@ -244,18 +244,22 @@ def _wrong_engine(master: Composition) -> Iterator[ConfigError]:
             yield from wrong_settings(kind, {str(name): settings[name] for name in names})
 
 
-def _jobs(master: Composition, overrides: Sequence[str]) -> list[list[str]]:
+def _jobs(master: Composition, overrides: Sequence[str], search: dict[str, Any]) -> list[list[str]]:
     """The overrides of each job; where a search chooses the values as it goes, those at the ends of its ranges."""
     sweeper = master.cfg.hydra.sweeper
     typed = [text for text in overrides if not text.lstrip("+~").startswith("hydra.")]
     own = [text for text in overrides if text not in typed]
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     with hydra_errors(master.problems):
-        parsed = OverridesParser.create().parse_overrides([*params, *typed])
-        if "n_trials" not in sweeper:
-            [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-            return [[*own, *job] for job in jobs]
-        swept = {one.get_key_element(): extremes(one) for one in parsed if one.is_sweep_override()}
+        parsed = OverridesParser.create(config_loader(search["extra_dir"])).parse_overrides([*params, *typed])
+    searched = "n_trials" in sweeper
+    wrong = [wrong_sweep(one, searched=searched) for one in parsed if one.is_sweep_override()]
+    if any(wrong):
+        _raise([*master.problems, *filter(None, wrong)])
+    if not searched:
+        [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        return [[*own, *job] for job in jobs]
+    swept = {one.get_key_element(): extremes(one) for one in parsed if one.is_sweep_override()}
     fixed = [text_of(one) for one in parsed if one.get_key_element() not in swept]
     n_jobs = max(map(len, swept.values()), default=1)
     return [[*own, *fixed, *(ends[i % len(ends)] for ends in swept.values())] for i in range(n_jobs)]

@@ -54,6 +54,9 @@ def read_overrides(overrides: Sequence[str], options: Options) -> CommandLine:
             line.problems.append(ConfigError(key, f"{text} would take it out of the configuration; set it instead"))
         elif given.is_sweep_override():
             line.sweeps.append(given)
+        elif key == "hydra":
+            problem = f"{text}: it holds Hydra's own settings; set one of them"
+            line.problems.append(ConfigError(key, problem, "hydra.run.dir=/a/folder/of/yours"))
         elif key.startswith("hydra."):
             line.hydra.append(given)
         elif key in options and not isinstance(given.value(), dict):

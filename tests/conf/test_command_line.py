@@ -119,6 +119,9 @@ def test_no_secret_stays_in_the_files_that_hydra_writes(script: Script, tmp_path
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {"config.yaml", "hydra.yaml", "overrides.yaml", "multirun.yaml"} <= {file.name for file in files}
     assert [file for file in files if b"hunter22" in file.read_bytes()] == []
+    assert script("-m", secret, "seed=1,2", f"sweep.resume={tmp_path / 'b'}") == 0
+    assert len(script.jobs) == 3, "nothing was left to run, which would have masked the sweep's own file"
+    assert b"hunter22" not in (tmp_path / "b" / "multirun.yaml").read_bytes()
 
 
 def test_a_sweep_runs_every_job_in_its_own_process_and_folder(script: Script) -> None:
@@ -139,6 +142,14 @@ def test_the_jobs_of_a_sweep_over_models_share_one_folder(script: Script) -> Non
     assert script("-m", "model=llama_tiny,llama2_7b", "model.checkpoint=null", "tokenizer=byte") == 0
     assert len({Path(config["paths"]["output_dir"]).parent for config in script.jobs}) == 1
     assert [config["run_name"] for config in script.jobs] == ["llama_tiny", "llama2_7b"]
+
+
+def test_a_sweep_may_name_options_by_a_pattern(script: Script) -> None:
+    assert script("-m", "scheduler=glob(c*)") == 0
+    assert sorted(Path(config["paths"]["output_dir"]).name for config in script.jobs) == [
+        "0_scheduler=constant",
+        "1_scheduler=cosine",
+    ]
 
 
 @pytest.mark.parametrize("name", ["my sweeps", "it's"])
