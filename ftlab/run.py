@@ -16,7 +16,6 @@ from pathlib import Path
 from ftlab.assembly.experiment import Experiment, assemble
 from ftlab.config.build import Config, build
 from ftlab.config.layers import leaves
-from ftlab.config.rules import override
 from ftlab.distributed.board import RankError
 from ftlab.distributed.env import WorkerEnv
 from ftlab.distributed.meeting import Team, meet_team
@@ -38,6 +37,7 @@ from ftlab.training.opened import open_checkpoint
 from ftlab.training.run import Run
 from ftlab.training.update import averaged
 from ftlab.training.wishes import ending_on_signals, ignore_signals
+from ftlab.typed import override
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from ftlab.data.cache import cache_folder
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError
 from ftlab.training.opened import Opened
+from ftlab.typed import override
 
 
 def beside_checkpoint(tokenizer: Config, named: str | None, folder: Path | None) -> Config:
@@ -48,9 +49,10 @@ def require_same_inputs(opened: Opened, data: TrainingData, tokenizer: Tokenizer
     then = {"dataset": opened.told["data"], "tokenizer": opened.told["tokenizer"]}
     for key in ("tokenizer", "dataset"):
         if now[key] != then[key]:
+            begin = override("init_from", str(opened.path.parent.parent))
             raise ConfigError(
                 key,
                 f"the run was trained with other {'rows' if key == 'dataset' else 'tokens'} (fingerprint "
                 f"{then[key][:12]}…, here {now[key][:12]}…)",
-                f"the same files as then, or a new run from its weights: init_from={opened.path.parent.parent}",
+                f"the same files as then, or a new run from its weights: {begin}",
             )

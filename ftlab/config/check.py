@@ -20,17 +20,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ftlab.config.compose import PRIMARY, Composition, compose, hydra_errors, hydra_globals
+from ftlab.config.compose import PRIMARY, Composition, compose, config_loader, hydra_errors, hydra_globals
 from ftlab.config.contradictions import contradictions
 from ftlab.config.files import missing_inputs, output_problem, unwritable
 from ftlab.config.layers import leaves
 from ftlab.config.overrides import several_values, text_of
 from ftlab.config.resolve import resolve
 from ftlab.config.resolvers import claim_folder
-from ftlab.config.resume import KEY, resume_in, resumed_config
 from ftlab.config.resume import KEY as RESUME
-from ftlab.config.rules import RULES, override, rule_for
-from ftlab.config.sweeps import extremes, is_ours, wrong_settings
+from ftlab.config.resume import resume_in, resumed_config
+from ftlab.config.rules import RULES, rule_for
+from ftlab.config.sweeps import extremes, is_ours, wrong_settings, wrong_sweep
 from ftlab.config.targets import forbidden, misfits, unnamed
 from ftlab.config.unread import unread
 from ftlab.errors import ConfigError, ConfigErrors
@@ -39,6 +39,7 @@ from ftlab.outputs.sweep import FILE as SWEEP_FILE
 from ftlab.outputs.sweep import set_aside
 from ftlab.storage.addresses import find_run
 from ftlab.storage.checkpoints import Checkpoints
+from ftlab.typed import argument, override
 
 
 def compose_config(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def check_job(cfg: DictConfig) -> dict[str, Any]:
     if (folder / "run.json").exists():
         with held(folder):
             if Checkpoints(folder / "checkpoints").complete():
-                return resumed_config([override(RESUME, str(folder))], {})[0]
+                return resumed_config([argument(RESUME, str(folder))], {})[0]
             set_aside(folder)
     config["paths"]["output_dir"] = str(folder)
     return config
@@ -183,7 +184,7 @@ def first_phase(composition: Composition) -> tuple[dict[str, Any], list[ConfigEr
 def _check_values(config: dict[str, Any], composition: Composition | None) -> Iterator[ConfigError]:
     values = dict(leaves(config))
     # Mappings where single values belong; where a run goes on from is one.
-    values |= {key: value for key, value in _mappings(config) if key in RULES and key != KEY}
+    values |= {key: value for key, value in _mappings(config) if key in RULES and key != RESUME}
     fine = dict(values)
     for key, value in values.items():
         rule = rule_for(key, composition.default(key) if composition else None)
@@ -209,12 +210,13 @@ def _mappings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _beginning(values: dict[str, Any]) -> Iterator[ConfigError]:
     """What is wrong with where a new run begins."""
     if values.get("resume") is not None:
-        yield ConfigError("resume", "belongs on the command line", f"python train.py resume={values['resume']}")
+        fix = f"python train.py {override(RESUME, values['resume'])}"
+        yield ConfigError(RESUME, "belongs on the command line", fix)
     elif values.get("init_from") is not None and "resume" in values:  # one that goes on has been begun already
         try:
             find_run(values["init_from"], "init_from")
-        except ConfigError as problem:
-            yield problem
+        except ConfigError as error:
+            yield error
     elif values.get("init_optimizer") is True and "resume" in values:
         problem = "true, but there is no init_from whose optimizer could be taken"
         yield ConfigError("init_optimizer", problem, "init_from=RUN init_optimizer=true")
@@ -252,7 +254,7 @@ def _check_jobs(master: Composition, overrides: Sequence[str], search: dict[str,
         problems.append(ConfigError("paths.output_dir", f"{folder} already holds a sweep", fix))
     told = {(problem.key, problem.problem) for problem in problems}
     configs: list[dict[str, Any]] = []
-    for number, job in enumerate(_jobs(master, overrides)):
+    for number, job in enumerate(_jobs(master, overrides, search)):
         composition = compose(job, **search)
         config, found = first_phase(composition)
         configs.append(config)
@@ -283,18 +285,22 @@ def _wrong_engine(master: Composition) -> Iterator[ConfigError]:
             yield from wrong_settings(kind, {str(name): settings[name] for name in names})
 
 
-def _jobs(master: Composition, overrides: Sequence[str]) -> list[list[str]]:
+def _jobs(master: Composition, overrides: Sequence[str], search: dict[str, Any]) -> list[list[str]]:
     """The overrides of each job; where a search chooses the values as it goes, those at the ends of its ranges."""
     sweeper = master.cfg.hydra.sweeper
     typed = [text for text in overrides if not text.lstrip("+~").startswith("hydra.")]
     own = [text for text in overrides if text not in typed]
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     with hydra_errors(master.problems):
-        parsed = OverridesParser.create().parse_overrides([*params, *typed])
-        if "n_trials" not in sweeper:
-            [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-            return [[*own, *job] for job in jobs]
-        swept = {one.get_key_element(): extremes(one) for one in parsed if one.is_sweep_override()}
+        parsed = OverridesParser.create(config_loader(search["extra_dir"])).parse_overrides([*params, *typed])
+    searched = "n_trials" in sweeper
+    wrong = [wrong_sweep(one, searched=searched) for one in parsed if one.is_sweep_override()]
+    if any(wrong):
+        _raise([*master.problems, *filter(None, wrong)])
+    if not searched:
+        [jobs] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        return [[*own, *job] for job in jobs]
+    swept = {one.get_key_element(): extremes(one) for one in parsed if one.is_sweep_override()}
     fixed = [text_of(one) for one in parsed if one.get_key_element() not in swept]
     n_jobs = max(map(len, swept.values()), default=1)
     return [[*own, *fixed, *(ends[i % len(ends)] for ends in swept.values())] for i in range(n_jobs)]

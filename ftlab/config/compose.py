@@ -90,7 +90,7 @@ def compose(
         ConfigErrors: when nothing can be composed, for example because a file is not valid YAML.
     """
     prepare()
-    loader = _loader(extra_dir)
+    loader = config_loader(extra_dir)
     given = read_overrides(in_hydras_terms(overrides), _options(loader))
     problems = list(given.problems) + ([] if sweep else [several_values(swept) for swept in given.sweeps])
     with hydra_errors(problems):
@@ -130,7 +130,8 @@ def prepare() -> None:
     resolvers.register()
 
 
-def _loader(extra_dir: str | Path | None) -> ConfigLoaderImpl:
+def config_loader(extra_dir: str | Path | None) -> ConfigLoaderImpl:
+    """Hydra's reader of ``conf/`` and, before it, of ``extra_dir``."""
     if not CONF.is_dir():
         raise ConfigErrors([ConfigError(str(CONF), "is missing: ftlab runs from its project", "pip install -e .")])
     search_path = create_config_search_path(str(CONF))
@@ -179,8 +180,10 @@ def hydra_errors(known: Sequence[ConfigError] = ()) -> Iterator[None]:
         raise ConfigErrors([*known, ConfigError(where, f"not valid YAML: {error.problem}")]) from error
     except (HydraException, OmegaConfBaseException) as error:
         told = str(error) or str(error.__cause__)  # Hydra wraps OmegaConf's exception in one without a text
-        key = re.search(r"full_key: (\S+)|override '([\w.]+)'", told)
+        key = re.search(r"full_key: (\S+)|override '?([\w.]+)", told)
         problem = next((line.strip() for line in told.splitlines() if line.strip()), repr(error))
+        if problem.startswith("Error merging override") and error.__cause__ is not None:
+            problem += f": {next(iter(str(error.__cause__).splitlines()), '')}"
         name = next(filter(None, key.groups())) if key else "configuration"
         raise ConfigErrors([*known, ConfigError(name, problem)]) from error
 

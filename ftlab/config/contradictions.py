@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ftlab.config.rules import as_typed, override
 from ftlab.errors import ConfigError
+from ftlab.typed import as_typed, override
 
 Values = Mapping[str, Any]
 _PROCESSES, _NODES = "parallelism.nproc_per_node", "parallelism.nnodes"

@@ -9,9 +9,9 @@ from ftlab.config.compose import Composition, compose, hydra_globals
 from ftlab.config.keys import Keys
 from ftlab.config.layers import Setting, leaves
 from ftlab.config.resolve import resolve
-from ftlab.config.rules import as_typed
 from ftlab.errors import ConfigError, ConfigErrors
 from ftlab.outputs.secrets import mask_secrets
+from ftlab.typed import as_typed
 
 
 def explain(key: str, overrides: Sequence[str] = ()) -> str:

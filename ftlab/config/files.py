@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ftlab.config.rules import override
 from ftlab.errors import ConfigError
 from ftlab.outputs.files import read_json
+from ftlab.typed import override
 
 _INPUTS = ("model.checkpoint", "tokenizer.path", "dataset.data_files", "dataset.val_data_files")
 
@@ -70,7 +70,7 @@ def output_problem(folder: str) -> ConfigError | None:
     if taken and not again:
         free = next(f"{path}_{n}" for n in range(2, 1000) if not os.path.lexists(f"{path}_{n}"))
         run = _describe(path / "run.json")
-        fix = f"{override('paths.output_dir', free)}, or to go on with that run: resume={path}"
+        fix = f"{override('paths.output_dir', free)}, or to go on with that run: {override('resume', str(path))}"
         return ConfigError("paths.output_dir", f"{path} already holds {run}", fix)
     existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not existing.is_dir():

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from ftlab.config.layers import Layer, leaves
 from ftlab.config.mixtures import SETS, WEIGHTS
-from ftlab.config.rules import override
 from ftlab.errors import ConfigError
+from ftlab.typed import in_shell, override
 
 
 class Keys:
@@ -69,7 +69,7 @@ class Keys:
         elif not self.exists(key):
             yield self.unknown(key, value)
         elif given.is_add() and key in self.defaults:
-            yield ConfigError(key, f"{text} adds a key that exists already", text.removeprefix("+"))
+            yield ConfigError(key, f"{text} adds a key that exists already", in_shell(text.removeprefix("+")))
 
     def exists(self, key: str) -> bool:
         """Whether ``key`` holds a value, is an element of a list that does, or is the weight of a mixture's set."""

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 
 from ftlab.config.mixtures import SETS, WEIGHTS
 from ftlab.errors import ConfigError
+from ftlab.typed import in_shell, override
 
 _NULL = re.compile(r"(\w+)=(?:[\w,]*,)?null(?:,[\w,]*)?")  # null, or one of several options
 Options = Mapping[str, Sequence[str]]
@@ -60,6 +61,9 @@ def read_overrides(overrides: Sequence[str], options: Options) -> CommandLine:
             line.problems.append(ConfigError(key, f"{text} would take it out of the configuration; set it instead"))
         elif given.is_sweep_override():
             line.sweeps.append(given)
+        elif key == "hydra":
+            problem = f"{text}: it holds Hydra's own settings; set one of them"
+            line.problems.append(ConfigError(key, problem, "hydra.run.dir=/a/folder/of/yours"))
         elif key.startswith("hydra."):
             line.hydra.append(given)
         elif key in options and not isinstance(given.value(), dict):
@@ -79,7 +83,8 @@ def with_no_option(overrides: Sequence[str], conf: Path, primary: str) -> list[s
     defaults = yaml.safe_load((conf / f"{primary}.yaml").read_text(encoding="utf-8"))["defaults"]
     entries = [entry for entry in defaults if isinstance(entry, dict)]
     groups = {group for entry in entries for group, option in entry.items() if option is None}
-    none = [bool(found := _NULL.fullmatch(text)) and found[1] in groups for text in overrides]
+    found = [_NULL.fullmatch(text) for text in overrides]
+    none = [match is not None and match[1] in groups for match in found]
     return [re.sub(r"\bnull\b", "[]", text) if is_none else text for text, is_none in zip(overrides, none, strict=True)]
 
 
@@ -97,7 +102,7 @@ def given_values(overrides: Sequence[str]) -> dict[str, Any]:
 def several_values(given: Override) -> ConfigError:
     """The error for an override that sweeps where one run was asked for."""
     problem = f"{text_of(given)} names several values: -m makes a run of each, [...] makes a list of them"
-    return ConfigError(given.key_or_group, problem, f"-m {text_of(given)}")
+    return ConfigError(given.key_or_group, problem, f"-m {in_shell(text_of(given))}")
 
 
 def text_of(override: Override) -> str:
@@ -113,7 +118,7 @@ def _unreadable(text: str, told: str) -> ConfigError:
     if "[" in key:
         plain = re.sub(r"\[(\w+)\]", r".\1", key)
         return ConfigError(key, "is not how an element of a list is named", f"{plain}={value}")
-    return ConfigError(key, f"cannot be read: {told.splitlines()[0]}", f"{key}=\"'{value}'\"   (as text)")
+    return ConfigError(key, f"cannot be read: {told.splitlines()[0]}", f"{override(key, value)}   (as text)")
 
 
 def _place(given: Override, options: Sequence[str], line: CommandLine) -> None:

@@ -27,6 +27,7 @@ from ftlab.errors import CheckpointError, ConfigError, ConfigErrors
 from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
 from ftlab.storage.addresses import Address, candidates, find_run, told
+from ftlab.typed import override
 
 KEY = "resume"
 _CACHE = "paths.cache_dir"
@@ -249,7 +250,7 @@ def _unsettling(changed: dict[str, Any], held: dict[str, Any], run: Path) -> Ite
                 key,
                 f"is {held.get(key)!r} in this run, and decides its data order, model or optimizer state; "
                 f"it cannot go on with {new}",
-                f"a new run from these weights: init_from={run}",
+                f"a new run from these weights: {override('init_from', str(run))}",
             )
 
 

@@ -14,26 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlab.errors import ConfigError
-
-
-def as_typed(value: Any) -> str:
-    """``value`` as one types it on a command line, quoted where Hydra would read text as something else."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(map(as_typed, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{as_typed(element)}' for key, element in value.items())}}}"
-    if isinstance(value, str) and not re.fullmatch(
-        r"(?!(?i:null|true|false|nan|inf)$)[\w./:~-]*[A-Za-z_/~][\w./:~-]*", value
-    ):
-        return f"\"'{value}'\""
-    return str(value)
-
-
-def override(key: str, value: Any) -> str:
-    """``key=value``, to paste."""
-    return f"{key}={as_typed(value)}"
+from ftlab.typed import as_typed, override
 
 
 def _bound(value: float) -> str:
@@ -63,8 +44,11 @@ class Rule:
         return None
 
     def _error(self, key: str, problem: str, suggestion: Any = None) -> ConfigError:
+        return ConfigError(key, problem, self._fix(key, suggestion))
+
+    def _fix(self, key: str, suggestion: Any) -> str | None:
         better = suggestion if suggestion is not None else self.example
-        return ConfigError(key, problem, None if better is None else override(key, better))
+        return None if better is None else override(key, better)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +143,7 @@ class ListOf(Rule):
 
     def check(self, key: str, value: Any) -> Iterator[ConfigError]:
         if value is not None and not isinstance(value, list):
-            yield self._error(key, f"must be a list, got {value!r}", [value])
+            yield self._error(key, f"must be a list, got {value!r}", self.nearest(value))
         elif value is None or (self.length is not None and len(value) != self.length):
             if value is not None or not self.optional:
                 count = f" of {self.length}" if self.length else ""
@@ -167,8 +151,18 @@ class ListOf(Rule):
         else:
             for i, element in enumerate(value):
                 broken = "needs a value" if element is None else self.rule.broken_by(element)
-                if broken:
-                    yield self._error(f"{key}.{i}", broken, self.rule.nearest(element) or self.rule.example)
+                if broken:  # the whole list: an element of one that replaces null has no key of its own
+                    yield ConfigError(f"{key}.{i}", broken, self._fix(key, self.nearest(value)))
+
+    def nearest(self, value: Any) -> Any:
+        elements = [self._repaired(element) for element in (value if isinstance(value, list) else [value])]
+        return elements if None not in elements and self.length in (None, len(elements)) else None
+
+    def _repaired(self, element: Any) -> Any:
+        if element is not None and self.rule.broken_by(element) is None:
+            return element
+        nearest = None if element is None else self.rule.nearest(element)
+        return self.rule.example if nearest is None else nearest
 
 
 @dataclass(frozen=True)

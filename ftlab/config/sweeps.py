@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import (
-    ChoiceSweep,
-    IntervalSweep,
-    Override,
-    RangeSweep,
-)
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from ftlab.config.rules import COUNT, Number, OneOf, Rule, override
+from ftlab.config.compose import config_loader
+from ftlab.config.rules import COUNT, Number, OneOf, Rule
 from ftlab.errors import ConfigError
 from ftlab.outputs.sweep import SweepFolder
+from ftlab.typed import argument, in_shell, override
 
 RESUME = "sweep.resume"
 # Of the whole sweep: a job is the same job without them.
@@ -47,9 +45,12 @@ def with_resumed_sweep(argv: Sequence[str]) -> list[str]:
     sweep = SweepFolder.read(folder)
     typed, keys = list(flags.overrides), {_key(text) for text in flags.overrides}
     if all(_key(text).startswith("hydra") for text in of_the_jobs(typed)):
+        if "command" not in sweep.about:
+            problem = f"the record of {sweep.path} does not say what it was started with; say it again"
+            raise ConfigError(RESUME, problem, f"-m optimizer.lr=1e-3,3e-3 {override(RESUME, str(sweep.path))}")
         typed = [*(text for text in of_the_jobs(sweep.about["command"]) if _key(text) not in keys), *typed]
     others = [argument for argument in argv if argument not in flags.overrides and argument not in ("-m", "--multirun")]
-    return [*others, "-m", *typed, override("paths.output_dir", str(sweep.path))]
+    return [*others, "-m", *typed, argument("paths.output_dir", str(sweep.path))]
 
 
 def with_one_shown(argv: Sequence[str]) -> list[str]:
@@ -61,16 +62,21 @@ def with_one_shown(argv: Sequence[str]) -> list[str]:
     if not (flags.cfg and flags.multirun):
         return list(argv)
     others = [argument for argument in argv if argument not in flags.overrides and argument not in ("-m", "--multirun")]
-    return [*others, *(_first(text) for text in flags.overrides), "hydra.mode=MULTIRUN"]
+    parser = OverridesParser.create(config_loader(flags.config_dir))
+    return [*others, *(_first(text, parser) for text in flags.overrides), "hydra.mode=MULTIRUN"]
 
 
-def _first(text: str) -> str:
+def _first(text: str, parser: OverridesParser) -> str:
     """An override with the first of the values that it sweeps over, if it does."""
     try:
-        parsed = OverridesParser.create().parse_override(text)
+        [parsed] = parser.parse_overrides([text])  # which leaves the reader of options with it, for a glob
     except (HydraException, ValueError):  # told by who checks the command line
         return text
-    return extremes(parsed)[0] if parsed.is_sweep_override() else text
+    if not parsed.is_sweep_override():
+        return text
+    if (problem := wrong_sweep(parsed, searched=True)) is not None:
+        raise problem
+    return extremes(parsed)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,25 +122,78 @@ def wrong_settings(kind: str, settings: Mapping[str, Any]) -> Iterator[ConfigErr
             yield ConfigError(key, f"no setting of this {kind}; it has {', '.join(rules)}", fix)
 
 
+def wrong_sweep(swept: Override, *, searched: bool) -> ConfigError | None:
+    """What is wrong with the values that a key is to take.
+
+    Args:
+        searched: whether a search picks them, which may do so from an interval.
+    """
+    value, key, typed = swept.value(), swept.get_key_element(), swept.get_value_string()
+    problem: str | None
+    if isinstance(value, IntervalSweep):
+        if not searched:
+            problem = f"{typed} is for a search, which picks the values; without one, name them"
+            return ConfigError(key, problem, f"hydra/sweeper=optuna {in_shell(f'{key}={typed}')}")
+        problem, better = _wrong_interval(value)
+    elif isinstance(value, RangeSweep):
+        problem, better = _wrong_range(value)
+    else:
+        counts = Counter(swept.sweep_string_iterator())
+        twice = [text for text, count in counts.items() if count > 1]
+        problem = f"names {', '.join(twice)} twice" if twice else None if counts else "matches no option"
+        better = ",".join(counts) or "glob(*)"
+    return ConfigError(key, f"{typed} {problem}", in_shell(f"{key}={better}")) if problem else None
+
+
+def _wrong_interval(value: IntervalSweep) -> tuple[str | None, str]:
+    """What is wrong with it, and one that was probably meant."""
+    assert value.start is not None
+    assert value.end is not None
+    low, high = sorted((value.start, value.end))
+    tags = ",".join(sorted(value.tags))
+    better = f"tag({tags},interval({low},{high}))" if tags else f"interval({low},{high})"
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "has no ends", "interval(0,1)"
+    if value.start > value.end:
+        return "has its lower end last", better
+    if "log" in value.tags and (int(low) if "int" in value.tags else low) <= 0:
+        return "must lie above 0, for a logarithm to be taken", f"interval({low},{high})"
+    return None, better
+
+
+def _wrong_range(value: RangeSweep) -> tuple[str | None, str]:
+    """What is wrong with it, and one that was probably meant."""
+    assert value.start is not None
+    assert value.stop is not None
+    start, stop, step = value.start, value.stop, value.step
+    if not all(map(math.isfinite, (start, stop, step))):
+        return "has no ends", "range(0,5)"
+    low, high = sorted((start, stop))
+    better = f"range({low},{high}{f',{abs(step)}' if step not in (0, 1, -1) else ''})"
+    return ("names no value" if step * (stop - start) <= 0 else None), better if low < high else str(low)
+
+
 def extremes(swept: Override) -> list[str]:
     """``key=value`` for the values of a sweep that are worth checking: every one of a few, the ends of many."""
     value, key = swept.value(), swept.get_key_element()
     if isinstance(value, IntervalSweep):
         return [f"{key}={end:g}" for end in (value.start, value.end) if end is not None]
     texts = [f"{key}={text}" for text in swept.sweep_string_iterator()]
-    assert isinstance(value, (ChoiceSweep, RangeSweep))
-    return texts if isinstance(value, ChoiceSweep) else [texts[0], texts[-1]]
+    return texts if swept.is_choice_sweep() else [texts[0], texts[-1]]
 
 
 def _resumed(text: str) -> str | None:
-    key, _, value = text.lstrip("+").partition("=")
-    if key != RESUME or value in ("", "null"):
+    """The folder of the sweep that an override asks to go on with; who checks the command line tells of any other."""
+    try:
+        given = OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError):
         return None
-    return re.sub(r"""^(["']+)(.*)\1$""", r"\2", value)  # a path may hold what Hydra would read as something else
+    folder = given.value() if given.key_or_group == RESUME else None
+    return folder if isinstance(folder, str) and folder.strip() else None
 
 
 def _key(text: str) -> str:
     try:
         return OverridesParser.create().parse_override(text).key_or_group
-    except HydraException:
+    except (HydraException, ValueError):
         return text.partition("=")[0].lstrip("+~")

@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ftlab.config.rules import override
 from ftlab.errors import ConfigError
+from ftlab.typed import override
 
 # The rooms whose classes only compute. Those of others, ftlab's own too, make folders and files when they are built.
 _ROOMS = ("data", "distributed", "lab", "loggers", "losses", "models", "optim", "training")

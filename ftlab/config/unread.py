@@ -11,8 +11,8 @@ from typing import Any
 
 from ftlab.config.compose import Composition
 from ftlab.config.mixtures import SETS
-from ftlab.config.rules import as_typed, override
 from ftlab.errors import ConfigError
+from ftlab.typed import as_typed, override
 
 # What names a part of a set on the Hub: its value where it names none, and what does the same for other rows.
 _OF_THE_HUB = {

@@ -24,6 +24,7 @@ from ftlab.storage.addresses import told
 from ftlab.storage.checkpoints import Checkpoints, Found
 from ftlab.storage.disk import replace_file
 from ftlab.storage.manifest import Manifest
+from ftlab.typed import argument
 
 _OF_TIME = ("perf/", "memory/")  # metrics that no two runs share
 
@@ -81,7 +82,7 @@ def verify_resume(overrides: Sequence[str], n_steps: int) -> tuple[list[Compared
         "kill": {"_target_": f"{KillAtStep.__module__}.{KillAtStep.__qualname__}", "step": middle + 1}
     }
     launch(doomed, own_process=True)
-    resumed, _ = resumed_config([f"resume={killed}"], {})
+    resumed, _ = resumed_config([argument("resume", str(killed))], {})
     resumed["logger"].pop("kill")
     _run(resumed)
     compared = compare_runs(straight, killed)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from ftlab.config.compose import CONF
 from ftlab.config.layers import leaves
-from ftlab.config.rules import override
 from ftlab.errors import ConfigError
+from ftlab.typed import argument
 
 Kind = Literal["absent", "differs", "fixed"]
 
@@ -66,7 +66,7 @@ class Translation:
         self.overrides.insert(0 if first else len(self.overrides), f"{group}={option}")
 
     def set(self, key: str, value: Any) -> None:
-        self.overrides.append(override(key, value))
+        self.overrides.append(argument(key, value))
 
     def note(self, kind: Kind, key: str, why: str) -> None:
         self.notes.append(Note(kind, key, why))

@@ -94,6 +94,7 @@ class SweepFolder:
         try:
             content = json.loads((path / FILE).read_text(encoding="utf-8"))
             jobs = [Job(**job) for job in content.pop("jobs")]
+            _require_as_written(content, jobs)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             problem = f"there is no sweep in {path}: {FILE} cannot be read ({type(error).__name__})"
             raise ConfigError("sweep.resume", problem, "a folder below multirun_outputs/") from None
@@ -162,6 +163,18 @@ class SweepFolder:
     def _look(self) -> None:
         for job in self.jobs:
             _look_at(job, self.path / job.folder, self.about.get("metric", "val/loss"))
+
+
+def _require_as_written(about: dict[str, Any], jobs: Sequence[Job]) -> None:
+    """Raise ValueError where ``sweep.json`` says what no sweep would have written."""
+    texts = [about.get("id", ""), about.get("metric", ""), *(job.folder for job in jobs)]
+    lists = [about.get("command", []), *(job.overrides for job in jobs)]
+    if not all(isinstance(one, list) for one in lists):
+        raise ValueError("no list of overrides")
+    if not all(isinstance(one, str) for one in [*texts, *itertools.chain.from_iterable(lists)]):
+        raise ValueError("no text")
+    if [job.number for job in jobs] != list(range(len(jobs))):
+        raise ValueError("jobs are numbered from 0")
 
 
 def _look_at(job: Job, folder: Path, metric: str) -> None:

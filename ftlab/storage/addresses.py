@@ -15,6 +15,7 @@ from typing import Any
 from ftlab.errors import CheckpointError, ConfigError
 from ftlab.storage.checkpoints import Checkpoints, Found, less_is_better, step_name
 from ftlab.storage.manifest import Manifest
+from ftlab.typed import override
 
 OUTPUTS = Path("outputs")
 
@@ -51,13 +52,13 @@ def find_run(text: str, key: str) -> Address:
         siblings = [path.parent.name for path in run.parent.glob("*/run.json")] if run.parent.is_dir() else []
         nearest = difflib.get_close_matches(run.name, siblings, n=1)
         problem = f"{run} is no run's folder: it has no run.json" if os.path.isdir(run) else f"there is no folder {run}"
-        raise ConfigError(key, problem, f"{key}={run.parent / nearest[0]}" if nearest else f"{key}=latest")
+        raise ConfigError(key, problem, override(key, str(run.parent / nearest[0]) if nearest else "latest"))
     address = Address(run.resolve(), at)
     steps = [found.step for found in address.checkpoints.complete()]
     if not steps or (isinstance(at, int) and at not in steps):
         wanted = f"has no checkpoint {step_name(at)}; " if isinstance(at, int) else ""
         nearest_step = min(steps, key=lambda step: abs(step - at) if isinstance(at, int) else 0, default=None)
-        fix = None if nearest_step is None else f"{key}={address.run}@{nearest_step}"
+        fix = None if nearest_step is None else override(key, f"{address.run}@{nearest_step}")
         raise ConfigError(key, f"{address.run}: {wanted}{address.checkpoints.describe()}", fix)
     return address
 
@@ -74,7 +75,8 @@ def _taken_apart(text: str, key: str) -> tuple[str, int | str | None]:
         return text, None
     step = at.removeprefix("step_").removeprefix("step-")
     if at != "best" and not _is_number(step):
-        raise ConfigError(key, f"{name}: after @ comes a step or best, not {at[:40]!r}", f"{key}={name}@best")
+        problem = f"{name}: after @ comes a step or best, not {at[:40]!r}"
+        raise ConfigError(key, problem, override(key, f"{name}@best"))
     return name, at if at == "best" else int(step)
 
 

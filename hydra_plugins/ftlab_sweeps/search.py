@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig
 
 from ftlab.errors import ConfigError
@@ -66,9 +66,6 @@ class OptunaSweeper(GridSweeper):
             for job, trial in batch:
                 self._tell_study(job, trial)
 
-    def _parsed(self, arguments: list[str]) -> list[Override]:
-        return OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
-
     def _open(self) -> Any:
         metric = self.master.evaluation.metric
         study = open_study(
@@ -121,11 +118,9 @@ class OptunaSweeper(GridSweeper):
 
 
 def distribution(swept: Override) -> Any:
-    """Optuna's distribution for a value in Hydra's grammar: ``choice``, ``range``, ``interval``; tags ``log, int``."""
+    """Optuna's distribution for a sweep in Hydra's grammar; an ``interval`` may have the tags ``log, int``."""
     distributions = load_optuna().distributions
-    value, key = swept.value(), swept.get_key_element()
-    if isinstance(value, ChoiceSweep):
-        return distributions.CategoricalDistribution(list(swept.sweep_string_iterator()))
+    value = swept.value()
     if isinstance(value, IntervalSweep):
         log, low, high = "log" in value.tags, value.start, value.end
         assert low is not None
@@ -133,10 +128,9 @@ def distribution(swept: Override) -> Any:
         if "int" in value.tags:
             return distributions.IntDistribution(int(low), int(high), log=log)
         return distributions.FloatDistribution(float(low), float(high), log=log)
-    assert isinstance(value, RangeSweep), key
     texts = list(swept.sweep_string_iterator())
-    if all(text.lstrip("-").isdigit() for text in texts):
-        numbers = [int(text) for text in texts]
+    if swept.is_range_sweep() and all(text.lstrip("-").isdigit() for text in texts):
+        numbers = sorted(map(int, texts))
         step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
         return distributions.IntDistribution(numbers[0], numbers[-1], step=step)
     return distributions.CategoricalDistribution(texts)

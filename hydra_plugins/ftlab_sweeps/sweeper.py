@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
@@ -20,11 +21,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ftlab.config.build import build
 from ftlab.config.compose import CONF
-from ftlab.config.rules import override
 from ftlab.config.sweeps import of_the_jobs
 from ftlab.errors import ConfigError, FtlabError
-from ftlab.outputs.files import shortest
+from ftlab.outputs.files import shortest, to_yaml
+from ftlab.outputs.secrets import mask_secrets
 from ftlab.outputs.sweep import Job, SweepFolder
+from ftlab.storage.disk import replace_file
+from ftlab.typed import argument, override
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,8 @@ class GridSweeper(Sweeper):
         self.path = Path(self.master.hydra.sweep.dir).absolute()
         settings = [text for text in self.master.hydra.overrides.hydra if not text.startswith("hydra.mode=")]
         self.folder = SweepFolder.begin(self.path, [*settings, *arguments], self.master.evaluation.metric)
-        OmegaConf.save(self.master, self.path / "multirun.yaml")
+        master = OmegaConf.to_container(self.master, resolve=False, enum_to_str=True)
+        replace_file(self.path / "multirun.yaml", to_yaml(mask_secrets(master)))
         if hasattr(self.engine, "on_end"):
             self.engine.on_end = self._look
         self.exit_codes: dict[int, int] = {}  # by the job's number
@@ -63,11 +67,15 @@ class GridSweeper(Sweeper):
 
     def _run(self, arguments: list[str]) -> None:
         """Run the jobs that ``arguments`` make."""
-        typed = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
-        [combinations] = BasicSweeper.split_arguments(typed, max_batch_size=None)
+        [combinations] = BasicSweeper.split_arguments(self._parsed(arguments), max_batch_size=None)
         jobs = [self.job(overrides) for overrides in combinations]
         self.folder.refresh()
         self.launch([job for job in jobs if not job.is_done])
+
+    def _parsed(self, arguments: Sequence[str]) -> list[Override]:
+        """``params``, then ``arguments``, which may take their place."""
+        parser = OverridesParser.create(self.context.config_loader)
+        return parser.parse_overrides([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
 
     def job(self, overrides: Sequence[str]) -> Job:
         """The sweep's job with these overrides, a new one if it has none."""
@@ -99,8 +107,8 @@ class GridSweeper(Sweeper):
         self.exit_codes |= {job.number: _exit_code(result) for job, result in zip(free, results, strict=False)}
 
     def _told(self, job: Job) -> list[str]:
-        where = {"hydra.sweep.dir": self.path, "hydra.sweep.subdir": job.folder}
-        return [*job.overrides, *(f"{key}='{value}'" for key, value in where.items())]
+        where = {"hydra.sweep.dir": str(self.path), "hydra.sweep.subdir": job.folder}
+        return [*job.overrides, *(argument(key, value) for key, value in where.items())]
 
     def _look(self) -> None:
         """After each job: what became of it."""

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from ftlab.cli import main as ftlab
-from ftlab.config.check import check_command_line
+from ftlab.config.check import check_command_line, check_job
+from ftlab.config.compose import compose, hydra_globals
 from ftlab.errors import CheckpointError, ConfigError, ConfigErrors
 from ftlab.jobs import launch
 from ftlab.storage.addresses import candidates, find_run
@@ -49,6 +50,15 @@ def run(straight: FinishedRun, tmp_path: Path) -> FinishedRun:
     """A copy of it, to do things to."""
     shutil.copytree(straight.folder, tmp_path / "run")
     return FinishedRun(tmp_path / "run", 0)
+
+
+@pytest.mark.parametrize("name", ["1_seed=2", "it's 50% of $HOME"])
+def test_a_job_of_a_sweep_goes_on_in_whatever_folder_it_is(name: str, straight: FinishedRun, tmp_path: Path) -> None:
+    folder = shutil.copytree(straight.folder, tmp_path / name)
+    cfg = compose([]).cfg
+    cfg.hydra.runtime.output_dir = str(folder)
+    with hydra_globals(cfg):
+        assert check_job(cfg)["resume"]["run"] == str(folder)
 
 
 def resume(*argv: str) -> int:

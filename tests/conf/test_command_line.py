@@ -19,6 +19,7 @@ from hydra.core.plugins import Plugins
 from ftlab.config import check, resolvers
 from ftlab.errors import FtlabError
 from ftlab.outputs.folder import hold, is_held
+from ftlab.typed import argument
 from hydra_plugins.ftlab_sweeps import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +121,9 @@ def test_no_secret_stays_in_the_files_that_hydra_writes(script: Script, tmp_path
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {"config.yaml", "hydra.yaml", "overrides.yaml", "multirun.yaml"} <= {file.name for file in files}
     assert [file for file in files if b"hunter22" in file.read_bytes()] == []
+    assert script("-m", secret, "seed=1,2", f"sweep.resume={tmp_path / 'b'}") == 0
+    assert len(script.jobs) == 3, "nothing was left to run, which would have masked the sweep's own file"
+    assert b"hunter22" not in (tmp_path / "b" / "multirun.yaml").read_bytes()
 
 
 def test_a_sweep_runs_every_job_in_its_own_process_and_folder(script: Script) -> None:
@@ -140,6 +144,25 @@ def test_the_jobs_of_a_sweep_over_models_share_one_folder(script: Script) -> Non
     assert script("-m", "model=llama_tiny,llama2_7b", "model.checkpoint=null", "tokenizer=byte") == 0
     assert len({Path(config["paths"]["output_dir"]).parent for config in script.jobs}) == 1
     assert [config["run_name"] for config in script.jobs] == ["llama_tiny", "llama2_7b"]
+
+
+def test_a_sweep_may_name_options_by_a_pattern(script: Script) -> None:
+    assert script("-m", "scheduler=glob(c*)") == 0
+    assert sorted(Path(config["paths"]["output_dir"]).name for config in script.jobs) == [
+        "0_scheduler=constant",
+        "1_scheduler=cosine",
+    ]
+
+
+@pytest.mark.parametrize("name", ["my sweeps", "it's"])
+def test_a_sweep_runs_and_goes_on_in_whatever_folder_it_is(name: str, script: Script, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    script.monkeypatch.chdir(tmp_path / name)
+    script.outcomes = [0, FtlabError("no")]
+    assert script("-m", "seed=1,2", argument("paths.output_dir", name)) == 1
+    assert script(argument("sweep.resume", name)) == 0
+    assert [config["seed"] for config in script.jobs] == [1, 2, 2]
+    assert {Path(config["paths"]["output_dir"]).parent for config in script.jobs} == {tmp_path / name / name}
 
 
 def test_a_failed_job_does_not_stop_the_sweep_and_the_worst_exit_code_is_kept(script: Script) -> None:

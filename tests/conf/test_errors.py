@@ -15,7 +15,9 @@ import yaml
 from ftlab.config.check import check_command_line, compose_config
 from ftlab.config.files import output_problem
 from ftlab.config.targets import forbidden
-from ftlab.errors import ConfigErrors
+from ftlab.errors import ConfigError, ConfigErrors
+from ftlab.storage.addresses import find_run
+from ftlab.typed import override
 
 Problems = Callable[..., str]
 
@@ -98,7 +100,9 @@ WRONG = {
     ),
     "recomputation": (["parallelism.activation_checkpointing=ful"], ["none, full, selective", "checkpointing=full"]),
     "beta": (["optimizer.betas=[0.9,1.0]"], ["optimizer.betas.1: must be in 0 <= beta < 1, got 1.0"]),
-    "beta by its index": (["optimizer.betas.0=2"], ["0 <= beta < 1", "try: optimizer.betas.0=0.9"]),
+    "beta by its index": (["optimizer.betas.0=2"], ["0 <= beta < 1", "try: optimizer.betas='[0.9,0.95]'"]),
+    "bare beta": (["optimizer.betas=0.9"], ["optimizer.betas: must be a list", "try: optimizer.betas='[0.9,0.95]'"]),
+    "step to profile": (["trainer.profile_steps=[0,5]"], ["steps.0: must be >= 1", "trainer.profile_steps='[1,5]'"]),
     "index in brackets": (["optimizer.betas[0]=0.8"], ["try: optimizer.betas.0=0.8"]),
     "one beta": (["optimizer.betas=[0.9]"], ["optimizer.betas: must be a list of 2"]),
     "negative seed": (["seed=-1"], ["0 <= seed < 2**63", "-1"]),
@@ -154,6 +158,10 @@ WRONG = {
     ),
     "several values without -m": (["seed=1,2"], ["seed", "-m"]),
     "Hydra's own key": (["hydra.rum.dir=x"], ["hydra.rum"]),
+    "no folder of a run": (["hydra.run.dir=null"], ["hydra.run.dir: ", "not Optional"]),
+    "no folder of a sweep": (["hydra.sweep.dir=null"], ["hydra.sweep.dir: ", "not Optional"]),
+    "Hydra's mode": (["hydra.mode=foo"], ["hydra.mode: ", "'foo', expected one of [RUN, MULTIRUN]"]),
+    "Hydra's own node": (["hydra=1"], ["hydra: hydra=1: it holds Hydra's own settings", "try: hydra.run.dir="]),
 }  # fmt: skip
 
 
@@ -323,6 +331,22 @@ def test_a_folder_that_holds_a_run_is_refused_with_that_runs_name(tmp_path: Path
     assert f"try: paths.output_dir={tmp_path}_2, or to go on with that run: resume={tmp_path}" in told
 
 
+@pytest.mark.parametrize("name", ["run 1", "it's", "0_seed=1"])
+def test_what_to_type_about_a_folder_can_be_pasted(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+
+    def fix_of(wrong: str) -> str | None:
+        with pytest.raises(ConfigError) as caught:
+            find_run(wrong, "resume")
+        return caught.value.fix
+
+    assert str(output_problem(str(folder))).endswith(override("resume", str(folder)))
+    assert fix_of(f"{folder}0") == override("resume", str(folder))
+    assert fix_of(f"{folder}@bset") == override("resume", f"{folder}@best")
+
+
 def test_a_folder_that_cannot_be_written_is_refused_with_the_systems_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told = str(output_problem(str(tmp_path / "file" / "run")))
@@ -348,6 +372,26 @@ def test_a_sweep_is_checked_whole_before_its_first_job(tmp_path: Path) -> None:
     assert [key for key, _ in told] == ["trainer.batch_size", "optimizer.lr", "optimizer.lr"]
     assert "got 0 [job 1: optimizer.lr=0.001 trainer.batch_size=0" in told[0][1]
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("swept", "told", "fix"),
+    [
+        ("seed=range(0,5,0)", "range(0,5,0) names no value", "seed='range(0,5)'"),
+        ("seed=range(5,0)", "range(5,0) names no value", "seed='range(0,5)'"),
+        ("seed=range(0,inf)", "range(0,inf) has no ends", "seed='range(0,5)'"),
+        ("seed=1,2,1", "1,2,1 names 1 twice", "seed=1,2"),
+        ("model=glob(zzz*)", "glob(zzz*) matches no option", "model='glob(*)'"),
+        ("optimizer.lr=interval(0.1,1)", "is for a search", "hydra/sweeper=optuna optimizer.lr='interval(0.1,1)'"),
+    ],
+)
+def test_a_sweep_over_what_makes_no_jobs_is_refused(swept: str, told: str, fix: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        check_command_line(["-m", swept, f"paths.output_dir={tmp_path / 'sweep'}"])
+    [problem] = caught.value.problems
+    assert (problem.key, problem.fix) == (swept.partition("=")[0], fix)
+    assert told in problem.problem
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_bad_run_leaves_no_folder(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlab.config.sweeps import extremes, with_resumed_sweep
+from ftlab.config.sweeps import extremes, with_resumed_sweep, wrong_sweep
 from ftlab.errors import (
     ConfigError,
     ConfigErrors,
@@ -33,6 +33,7 @@ from ftlab.errors import (
 from ftlab.outputs import killed
 from ftlab.outputs.folder import FolderInUseError
 from ftlab.outputs.sweep import SweepFolder, fail, set_aside
+from ftlab.typed import argument
 from hydra_plugins.ftlab_sweeps.launcher import share_of
 
 
@@ -163,6 +164,33 @@ def test_a_sweep_is_gone_on_with_as_it_was_started_or_as_one_says_now(tmp_path: 
         with_resumed_sweep([f"sweep.resume={tmp_path}"])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [],
+        {"jobs": []},
+        {"jobs": [], "command": 3},
+        {"jobs": [], "command": [3]},
+        {"jobs": [], "command": [], "metric": None},
+        {"jobs": [{"number": 0, "overrides": "seed=1", "folder": "0"}], "command": []},
+        {"jobs": [{"number": 1, "overrides": [], "folder": "1"}], "command": []},
+        {"jobs": [{"number": 0, "overrides": [], "folder": None}], "command": []},
+    ],
+)
+def test_a_sweep_whose_record_is_not_one_is_refused(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"sweep\.resume: "):
+        with_resumed_sweep([f"sweep.resume={tmp_path}"])
+
+
+@pytest.mark.parametrize("name", ["s w", "it's", "0_seed=1", "1e3", "50% of $HOME"])
+def test_a_sweep_is_gone_on_with_in_whatever_folder_it_is(name: str, tmp_path: Path) -> None:
+    SweepFolder.begin(tmp_path / name, ["seed=1,2"], "val/loss").end()
+    [*_, folder] = with_resumed_sweep([argument("sweep.resume", str(tmp_path / name))])
+    assert OverridesParser.create().parse_override(folder).value() == str(tmp_path / name)
+
+
 # ------------------------------------------------------------------------------------- shares, ranges
 
 
@@ -188,6 +216,7 @@ def test_shares_are_equal_and_nothing_is_left_over(n_things: int, n_shares: int)
         ("interval(0,2)", ["0", "2"], "FloatDistribution(high=2.0, log=False, low=0.0, step=None)"),
         ("tag(int,interval(1,9))", ["1", "9"], "IntDistribution(high=9, log=False, low=1, step=1)"),
         ("range(4,17,4)", ["4", "16"], "IntDistribution(high=16, log=False, low=4, step=4)"),
+        ("range(9,0,-4)", ["9", "1"], "IntDistribution(high=9, log=False, low=1, step=4)"),
         ("adamw,sgd", ["adamw", "sgd"], "CategoricalDistribution(choices=('adamw', 'sgd'))"),
     ],
 )
@@ -198,6 +227,26 @@ def test_a_range_in_hydras_grammar_is_optunas_and_is_checked_at_its_ends(text: s
     [swept] = OverridesParser.create().parse_overrides([f"key={text}"])
     assert str(distribution(swept)) == expected
     assert extremes(swept) == [f"key={end}" for end in ends]
+
+
+@pytest.mark.parametrize(
+    ("text", "told", "fix"),
+    [
+        ("interval(2,1)", "lower end last", "interval(1.0,2.0)"),
+        ("tag(log,interval(2,1))", "lower end last", "tag(log,interval(1.0,2.0))"),
+        ("tag(log,interval(0,1))", "above 0", "interval(0.0,1.0)"),
+        ("tag(int,log,interval(0.5,8))", "above 0", "interval(0.5,8.0)"),
+        ("interval(0,inf)", "has no ends", "interval(0,1)"),
+        ("tag(log,interval(1e-5,1e-2))", None, None),
+        ("range(9,0,-4)", None, None),
+    ],
+)
+def test_an_interval_that_cannot_be_searched_is_refused(text: str, told: str | None, fix: str | None) -> None:
+    problem = wrong_sweep(OverridesParser.create().parse_override(f"key={text}"), searched=True)
+    assert (problem is None) == (told is None)
+    if problem is not None:
+        assert str(told) in problem.problem
+        assert problem.fix == f"key='{fix}'"
 
 
 _OURS = "hydra_plugins.ftlab_sweeps."
