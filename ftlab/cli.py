@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -63,17 +64,25 @@ VERBS: dict[str, Verb] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     ctrl_c.remember()
-    arguments = _parser().parse_args(argv)
+    typed = sys.argv[1:] if argv is None else list(argv)
+    parser, of_verbs = _parsers()
+    if typed and typed[0] in of_verbs and "--" not in typed:
+        # Words and options in any order: which argparse has for a parser without verbs only, and without a "--".
+        arguments = of_verbs[typed[0]].parse_intermixed_args(typed[1:])
+    else:
+        arguments = parser.parse_args(typed)
     return exit_code_of(lambda: arguments.run_verb(arguments) or 0)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the whole command, and that of each verb."""
     parser = argparse.ArgumentParser(
         prog="ftlab", description="Fine-tuning as experiments: what there is beside train.py."
     )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    of_verbs = {}
     for name, verb in VERBS.items():
-        its_own = verbs.add_parser(name, help=verb.HELP)
-        verb.declare(its_own)
-        its_own.set_defaults(run_verb=verb.run)
-    return parser
+        of_verbs[name] = verbs.add_parser(name, help=verb.HELP)
+        verb.declare(of_verbs[name])
+        of_verbs[name].set_defaults(run_verb=verb.run)
+    return parser, of_verbs
