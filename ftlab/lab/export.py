@@ -12,10 +12,10 @@ from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
 from ftlab.lab.runs import RunRecord
+from ftlab.lab.trained import find_checkpoint
 from ftlab.loggers.base import RunInfo
 from ftlab.models.auto import find_model
 from ftlab.outputs.secrets import mask_secrets
-from ftlab.storage.addresses import candidates, find_run
 from ftlab.storage.checkpoints import verify
 from ftlab.training.card import model_card
 from ftlab.training.export import Proof, export_model
@@ -42,11 +42,10 @@ def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("OUT", f"{out} exists already", f"{out}_2")
-    at = find_run(address, "RUN")
-    found = candidates(at)[0]
+    found = find_checkpoint(address)
     manifest = verify(found, None)
     opened = open_checkpoint(found.path)
-    config = todays_config(opened.told["config"], at.run, found.path, to_build=("model", "tokenizer", "precision"))
+    config = todays_config(opened.told["config"], found.path.parent.parent, found.path, to_build=("model", "tokenizer", "precision"))
     tokenizer = build(config["tokenizer"])
     trained: Precision = build(config["precision"])
     plain = Precision(param_dtype=trained.param_dtype, compute_dtype=trained.param_dtype, loss_scaling=False)

@@ -20,7 +20,7 @@ from ftlab.models.resize import end_ids
 from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
 from ftlab.storage.addresses import OUTPUTS, candidates, find_run
-from ftlab.storage.checkpoints import Checkpoints, verify
+from ftlab.storage.checkpoints import Checkpoints, Found, verify
 from ftlab.training.export import MANIFEST
 from ftlab.training.opened import open_checkpoint
 
@@ -78,6 +78,22 @@ def find_export(address: str) -> Exported | None:
     return exported if is_newest else None
 
 
+def find_checkpoint(address: str) -> Found:
+    """The checkpoint that ``address`` means, as the argument of a verb.
+
+    Raises:
+        ConfigError: there is no such run, or nothing complete of what is asked for.
+        CheckpointError: none was validated, and the best is asked for.
+    """
+    try:
+        return candidates(find_run(address, "RUN"))[0]
+    except ConfigError as error:
+        fix = error.fix and error.fix.removeprefix("RUN=")  # which only train.py takes in this form
+        if fix == "latest" and not (OUTPUTS / "latest").exists():
+            fix = "python train.py, which makes a run"
+        raise ConfigError("RUN", error.problem, fix) from None
+
+
 def open_trained(address: str, device: str | None = None) -> Trained:
     """The newest weights at ``address``: those that the run exported, unless a checkpoint is asked for or newer.
 
@@ -91,7 +107,7 @@ def open_trained(address: str, device: str | None = None) -> Trained:
     """
     if (exported := find_export(address)) is not None:
         return _open_export(exported, device)
-    found = candidates(find_run(address, "RUN"))[0]
+    found = find_checkpoint(address)
     verify(found, None)
     opened = open_checkpoint(found.path)
     config = todays_config(opened.told["config"], found.path.parent.parent, found.path, to_build=_BUILT)
