@@ -36,6 +36,7 @@ _OWN: dict[str, Callable[[RunRecord], Any]] = {
     "dataset": lambda run: _chosen(run, "dataset"),
     "optimizer": lambda run: _chosen(run, "optimizer"),
 }
+_UNLIMITED = 100_000  # characters; wider than any line
 _COLOURS = {"completed": "green", "failed": "red", "lost": "red", "preempted": "yellow", "running": "cyan"}
 
 
@@ -124,11 +125,11 @@ def as_rows(runs: Iterable[RunRecord]) -> list[dict[str, Any]]:
 
 def print_runs(runs: Sequence[RunRecord], columns: Sequence[str]) -> None:
     """A table, a line a run; ``columns`` are further ones. What was typed for every run is left out."""
-    console = Console(width=max(Console().width, 120), highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     shared = set.intersection(*(set(run.overrides) for run in runs)) if len(runs) > 1 else set()
     for name in ("folder", "status", "step", "train/loss", "val/loss", *columns):
-        table.add_column(name, justify="left" if name in ("folder", "status") else "right", no_wrap=name != "folder")
+        left = name in ("folder", "status")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "folder", overflow="fold")
     table.add_column("typed", overflow="fold")
     for run in runs:
         colour = _COLOURS.get(run.status, "default")
@@ -137,6 +138,11 @@ def print_runs(runs: Sequence[RunRecord], columns: Sequence[str]) -> None:
         table.add_row(
             escape(str(shortest(run.folder))), f"[{colour}]{run.status}[/]", *map(escape, numbers), escape(typed)
         )
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.width = max(console.width, 120)
+    else:  # a program that reads lines gets each run as one
+        console.width = _UNLIMITED
     console.print(table if runs else "no run")
 
 
@@ -146,7 +152,6 @@ def _cell(value: Any) -> str:
 
 def print_tree(runs: Sequence[RunRecord]) -> None:
     """Every run below the one whose weights it began with, with the times that it was gone on with."""
-    console = Console(highlight=False)
     by_folder = {run.folder: run for run in runs}
     children: dict[Path | None, list[tuple[RunRecord, str]]] = {}
     for run in runs:
@@ -163,7 +168,8 @@ def print_tree(runs: Sequence[RunRecord]) -> None:
 
     root = Tree("runs", hide_root=True)
     grow(root, None)
-    console.print(root, soft_wrap=True)
+    # A label that is cut lacks its facts; what is wider than the terminal goes on in its next line.
+    Console(width=_UNLIMITED, highlight=False).print(root, soft_wrap=True)
 
 
 def _parent(run: RunRecord) -> tuple[Path | None, str]:

@@ -229,6 +229,19 @@ def test_ls_sorts_shows_columns_and_speaks_json(lab, capsys):
     assert "no run has" in capsys.readouterr().err
 
 
+def test_nothing_is_cut_where_the_terminal_is_narrow(lab, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "outputs/" + "a_folder_of_many_words_" * 8
+    (lab / "outputs" / "fork").rename(lab / long)
+    for verb, facts in (("ls", ["completed", "run_name=fork"]), ("tree", ["completed", "val 1"])):
+        assert ftlab([verb]) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if long in line]
+        assert all(fact in line for fact in facts)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    assert ftlab(["ls"]) == 0
+    assert "…" not in capsys.readouterr().out
+
+
 def test_tree_draws_forks_and_resumes(lab, capsys):
     assert ftlab(["tree"]) == 0
     lines = capsys.readouterr().out.splitlines()
