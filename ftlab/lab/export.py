@@ -44,8 +44,8 @@ def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
         raise ConfigError("OUT", f"{out} exists already", f"{out}_2")
     found = find_checkpoint(address)
     manifest = verify(found, None)
-    opened = open_checkpoint(found.path)
-    config = todays_config(opened.told["config"], found.path.parent.parent, found.path, to_build=("model", "tokenizer", "precision"))
+    opened, run = open_checkpoint(found.path), RunRecord(found.path.parent.parent)
+    config = todays_config(opened.told["config"], run.folder, found.path, to_build=("model", "tokenizer", "precision"))
     tokenizer = build(config["tokenizer"])
     trained: Precision = build(config["precision"])
     plain = Precision(param_dtype=trained.param_dtype, compute_dtype=trained.param_dtype, loss_scaling=False)
@@ -53,7 +53,6 @@ def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
     parallel = OneRank(pick_device("cpu"))
     model_config, _ = find_model(build(config["model"]), fetch=False)
     model = build_model(with_vocabulary(model_config, None, tokenizer, opened), weights_of(opened), plain, parallel)
-    run = RunRecord(found.path.parent.parent)
     return export_model(
         model,
         tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from ftlab.verbs._numbers import not_negative, share, whole
+from ftlab.verbs._types import not_negative, share, whole
 
 HELP = "ask the model of a finished run"
 

@@ -6,13 +6,14 @@ import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from ftlab.verbs._numbers import not_negative, positive, whole
+from ftlab.verbs._types import folder, not_negative, positive, whole
 
 HELP = "parameters, memory, steps, time and cost of a run, beforehand"
 
 
 def declare(parser: ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+    parser.add_argument("--config-dir", type=folder, metavar="FOLDER", help="with options of yours, as for train.py")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--rows", type=whole(1), metavar="N", help="training rows, where the data is not at hand")
     parser.add_argument("--row-tokens", type=positive, metavar="N", help="their mean length in tokens")
@@ -20,7 +21,9 @@ def declare(parser: ArgumentParser) -> None:
         "--tokens-per-s", type=_throughput, metavar="N|RUN", help="of all ranks; or a run that measured it"
     )
     parser.add_argument("--price-per-hour", type=not_negative, metavar="X", help="of one device")
-    parser.add_argument("--memory-gib", type=positive, metavar="N", help="of one GPU, when planning for another machine")
+    parser.add_argument(
+        "--memory-gib", type=positive, metavar="N", help="of one GPU, when planning for another machine"
+    )
 
 
 def run(arguments: Namespace) -> int:
@@ -28,7 +31,8 @@ def run(arguments: Namespace) -> int:
     from ftlab.lab.plan_table import print_plan
 
     names = ("rows", "row_tokens", "tokens_per_s", "price_per_hour", "memory_gib")
-    found = plan(arguments.overrides, Given(**{name: getattr(arguments, name) for name in names}))
+    given = Given(**{name: getattr(arguments, name) for name in names})
+    found = plan(arguments.overrides, given, arguments.config_dir)
     if arguments.json:
         print(json.dumps(found))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ftlab.verbs._numbers import whole
+from ftlab.verbs._types import whole
 
 HELP = "the batch of one step of a run, built again and compared"
 

@@ -6,7 +6,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ftlab.verbs._numbers import positive
+from ftlab.verbs._types import positive
 
 HELP = "one HTML page and summary.csv on a set of runs"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from ftlab.verbs._numbers import whole
+from ftlab.verbs._types import whole
 
 HELP = "whether parallelism changes what a configuration computes"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from ftlab.verbs._numbers import whole
+from ftlab.verbs._types import whole
 
 HELP = "whether a killed and resumed run ends as one that was not"
 

@@ -25,7 +25,7 @@ print("loaded:", *({HEAVY} & set(sys.modules)))
 
 
 def test_every_file_of_verbs_is_a_verb_under_its_own_name() -> None:
-    files = {path.stem for path in (ROOT / "ftlab" / "verbs").glob("*.py")} - {"__init__", "_numbers"}
+    files = {path.stem for path in (ROOT / "ftlab" / "verbs").glob("*.py")} - {"__init__", "_types"}
     assert files == {name.replace("-", "_") for name in VERBS}
     assert all(verb.__name__.endswith(f".{name.replace('-', '_')}") for name, verb in VERBS.items())
 
@@ -80,3 +80,16 @@ def test_a_number_that_cannot_be_is_refused_in_words(typed, says, capsys):
         main(typed.split())
     assert end.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_verbs_find_options_outside_of_conf(tmp_path, capsys):
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("defaults: [sgd, _self_]\nlr: 0.125\n")
+    outside = ["optimizer=mine", "--config-dir", str(tmp_path), "device=cpu", "dataset.max_samples=40"]
+    assert main(["explain", "optimizer.lr", *outside]) == 0
+    assert "optimizer.lr = 0.125" in capsys.readouterr().out
+    assert main(["plan", *outside]) == 0
+    assert main(["check-data", *outside, "--out", str(tmp_path / "out")]) == 0
+    with pytest.raises(SystemExit):
+        main(["plan", "--config-dir", str(tmp_path / "absent")])
+    assert f"--config-dir: there is no folder {tmp_path / 'absent'}" in capsys.readouterr().err

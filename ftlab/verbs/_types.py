@@ -1,10 +1,11 @@
-"""Numbers on the verbs' command lines: types for argparse that refuse what no run can use, in words."""
+"""What the verbs' command lines hold: types for argparse that refuse, in words, what cannot be used."""
 
 from __future__ import annotations
 
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -43,6 +44,13 @@ def share(text: str) -> float:
     if not 0 < (number := _finite(text)) <= 1:
         raise ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return number
+
+
+def folder(text: str) -> Path:
+    """A folder that there is."""
+    if not (path := Path(text).expanduser()).is_dir():
+        raise ArgumentTypeError(f"there is no folder {text}")
+    return path
 
 
 def _finite(text: str) -> float:
