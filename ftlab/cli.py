@@ -64,18 +64,12 @@ VERBS: dict[str, Verb] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     ctrl_c.remember()
-    typed = sys.argv[1:] if argv is None else list(argv)
-    parser, of_verbs = _parsers()
-    if typed and typed[0] in of_verbs and "--" not in typed:
-        # Words and options in any order: which argparse has for a parser without verbs only, and without a "--".
-        arguments = of_verbs[typed[0]].parse_intermixed_args(typed[1:])
-    else:
-        arguments = parser.parse_args(typed)
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     return exit_code_of(lambda: arguments.run_verb(arguments) or 0)
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the whole command, and that of each verb."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of the verb that ``argv`` begins with, and as ``run_verb`` what runs it."""
     parser = argparse.ArgumentParser(
         prog="ftlab", description="Fine-tuning as experiments: what there is beside train.py."
     )
@@ -85,4 +79,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         of_verbs[name] = verbs.add_parser(name, help=verb.HELP)
         verb.declare(of_verbs[name])
         of_verbs[name].set_defaults(run_verb=verb.run)
-    return parser, of_verbs
+    if argv and argv[0] in of_verbs and "--" not in argv:
+        # Words and options in any order: which argparse has for a parser without verbs only, and without a "--".
+        return of_verbs[argv[0]].parse_intermixed_args(argv[1:])
+    return parser.parse_args(argv)
