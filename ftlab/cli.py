@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -63,17 +64,22 @@ VERBS: dict[str, Verb] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     ctrl_c.remember()
-    arguments = _parser().parse_args(argv)
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     return exit_code_of(lambda: arguments.run_verb(arguments) or 0)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of the verb that ``argv`` begins with, and as ``run_verb`` what runs it."""
     parser = argparse.ArgumentParser(
         prog="ftlab", description="Fine-tuning as experiments: what there is beside train.py."
     )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    of_verbs = {}
     for name, verb in VERBS.items():
-        its_own = verbs.add_parser(name, help=verb.HELP)
-        verb.declare(its_own)
-        its_own.set_defaults(run_verb=verb.run)
-    return parser
+        of_verbs[name] = verbs.add_parser(name, help=verb.HELP)
+        verb.declare(of_verbs[name])
+        of_verbs[name].set_defaults(run_verb=verb.run)
+    if argv and argv[0] in of_verbs and "--" not in argv:
+        # Words and options in any order: which argparse has for a parser without verbs only, and without a "--".
+        return of_verbs[argv[0]].parse_intermixed_args(argv[1:])
+    return parser.parse_args(argv)

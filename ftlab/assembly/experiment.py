@@ -115,12 +115,15 @@ class Experiment:
             device=describe_device(run.parallel.device)
             + (f" × {run.parallel.dp_size}" if run.parallel.dp_size > 1 else ""),
             precision=f"{run.precision.param_dtype} weights, {run.precision.compute_dtype} arithmetic",
-            next_commands=(
-                f'ftlab generate {shortest(folder.path)} "..."'
-                if config["checkpoint"]["export"]
-                else f"ftlab export {shortest(folder.path)} OUT",
-            ),
+            next_commands=self._next_commands(folder),
         )
+
+    def _next_commands(self, folder: RunFolder) -> tuple[str, ...]:
+        """What to type once the run is completed; nothing where it need not leave any weights."""
+        checkpoint = self.config["checkpoint"]
+        if checkpoint["export"]:
+            return (f'ftlab generate {shortest(folder.path)} "..."',)
+        return (f"ftlab export {shortest(folder.path)} OUT",) if checkpoint["at_end"] else ()
 
 
 def assemble(

@@ -42,16 +42,19 @@ from ftlab.storage.checkpoints import Checkpoints
 from ftlab.typed import argument, override
 
 
-def compose_config(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -> dict[str, Any]:
+def compose_config(
+    overrides: Sequence[str] = (), output_dir: str | Path | None = None, extra_dir: Path | None = None
+) -> dict[str, Any]:
     """The configuration that ``python train.py <overrides>`` would run, checked, as a plain dict.
 
     Args:
         output_dir: the run's folder, recorded as ``paths.output_dir``; None leaves what ``overrides`` say.
+        extra_dir: a further folder to search for options.
 
     Raises:
         ConfigErrors: with everything that is wrong.
     """
-    composition = compose(overrides)
+    composition = compose(overrides, extra_dir=extra_dir)
     config, problems = first_phase(composition)
     _raise(problems)
     _raise(misfits(config))

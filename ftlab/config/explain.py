@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ftlab.config.compose import Composition, compose, hydra_globals
@@ -14,14 +15,17 @@ from ftlab.outputs.secrets import mask_secrets
 from ftlab.typed import as_typed
 
 
-def explain(key: str, overrides: Sequence[str] = ()) -> str:
+def explain(key: str, overrides: Sequence[str] = (), extra_dir: Path | None = None) -> str:
     """The value of ``key`` and its history, as text; for a group, a line for each of its keys.
+
+    Args:
+        extra_dir: a further folder to search for options.
 
     Raises:
         ConfigErrors: when ``overrides`` do not compose.
         ConfigError: when ``key`` does not exist.
     """
-    composition = compose(overrides)
+    composition = compose(overrides, extra_dir=extra_dir)
     if composition.problems:
         raise ConfigErrors(composition.problems)
     with hydra_globals(composition.cfg):

@@ -20,8 +20,11 @@ from ftlab.models.hub import resolve_checkpoint
 from ftlab.plots import draw_lengths
 
 
-def check_data(overrides: Sequence[str], folder: Path) -> int:
+def check_data(overrides: Sequence[str], folder: Path, extra_dir: Path | None = None) -> int:
     """Tell what is wrong with the data, show some samples, and write both into ``folder`` with a plot of lengths.
+
+    Args:
+        extra_dir: a further folder to search for options.
 
     Returns:
         The exit code: 0, or 2 when something would stop a run.
@@ -29,7 +32,7 @@ def check_data(overrides: Sequence[str], folder: Path) -> int:
     Raises:
         ConfigError, DataError: for data that cannot be read at all.
     """
-    config = compose_config(overrides)
+    config = compose_config(overrides, extra_dir=extra_dir)
     named = config["model"]["checkpoint"]
     # Only where the tokenizer is looked for beside the model's weights are these needed.
     checkpoint = resolve_checkpoint(named) if named and config["tokenizer"].get("path") == named else None

@@ -21,11 +21,10 @@ from ftlab.data.samples import JoinedSamples, Samples
 from ftlab.errors import ConfigError, FtlabError
 from ftlab.lab.export import export
 from ftlab.lab.runs import RunRecord
-from ftlab.lab.trained import open_trained
+from ftlab.lab.trained import find_checkpoint, find_export, open_trained
 from ftlab.losses import CrossEntropy
 from ftlab.outputs.environment import now
 from ftlab.outputs.files import shortest, to_json
-from ftlab.storage.addresses import OUTPUTS, candidates, find_run
 from ftlab.storage.disk import replace_file
 from ftlab.training.evaluate import EvaluationConfig, Evaluator
 
@@ -222,11 +221,10 @@ def _measure(
 @contextmanager
 def _folder(address: str) -> Iterator[tuple[Path, Path, int | None]]:
     """The run, and a Hugging Face folder of its weights: what it exported, or one made for the time being."""
-    run = (OUTPUTS / "latest" if address == "latest" else Path(address).expanduser()).resolve()
-    if (run / "export" / "config.json").is_file():
-        yield run, run / "export", RunRecord(run).step
+    if (exported := find_export(address)) is not None:
+        yield exported.run, exported.folder, exported.step
         return
-    found = candidates(find_run(address, "RUN"))[0]
+    found = find_checkpoint(address)
     with tempfile.TemporaryDirectory(prefix="ftlab-") as scratch:
         export(address, Path(scratch) / "export", None, "hf")
         yield found.path.parent.parent, Path(scratch) / "export", found.step

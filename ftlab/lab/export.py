@@ -12,10 +12,10 @@ from ftlab.distributed.precision import Precision
 from ftlab.distributed.single import OneRank
 from ftlab.errors import ConfigError
 from ftlab.lab.runs import RunRecord
+from ftlab.lab.trained import find_checkpoint
 from ftlab.loggers.base import RunInfo
 from ftlab.models.auto import find_model
 from ftlab.outputs.secrets import mask_secrets
-from ftlab.storage.addresses import candidates, find_run
 from ftlab.storage.checkpoints import verify
 from ftlab.training.card import model_card
 from ftlab.training.export import Proof, export_model
@@ -42,11 +42,10 @@ def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("OUT", f"{out} exists already", f"{out}_2")
-    at = find_run(address, "RUN")
-    found = candidates(at)[0]
+    found = find_checkpoint(address)
     manifest = verify(found, None)
-    opened = open_checkpoint(found.path)
-    config = todays_config(opened.told["config"], at.run, found.path, to_build=("model", "tokenizer", "precision"))
+    opened, run = open_checkpoint(found.path), RunRecord(found.path.parent.parent)
+    config = todays_config(opened.told["config"], run.folder, found.path, to_build=("model", "tokenizer", "precision"))
     tokenizer = build(config["tokenizer"])
     trained: Precision = build(config["precision"])
     plain = Precision(param_dtype=trained.param_dtype, compute_dtype=trained.param_dtype, loss_scaling=False)
@@ -54,7 +53,6 @@ def export(address: str, out: Path, dtype: str | None, layout: str) -> Proof:
     parallel = OneRank(pick_device("cpu"))
     model_config, _ = find_model(build(config["model"]), fetch=False)
     model = build_model(with_vocabulary(model_config, None, tokenizer, opened), weights_of(opened), plain, parallel)
-    run = RunRecord(found.path.parent.parent)
     return export_model(
         model,
         tokenizer,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ftlab.config.check import first_phase
 from ftlab.config.compose import compose
@@ -17,6 +17,7 @@ from ftlab.config.torchtune_file import read_torchtune_file
 from ftlab.errors import ConfigError
 from ftlab.lab.torchtune_data import data
 from ftlab.lab.torchtune_parts import Kind, Note, Translation, model_and_tokenizer, optimizer, schedule, weights
+from ftlab.outputs.secrets import mask_secrets
 
 RECIPES = ("full_finetune_single_device", "full_finetune_distributed")
 _TITLES: dict[Kind, str] = {
@@ -76,32 +77,36 @@ def _wrapped(note: Note) -> list[str]:
 
 def _refuse_other_recipes(tree: dict[str, Any], named: str | None) -> None:
     """Everything that is not full fine-tuning of a language model on one set of weights."""
-    model = str((tree.get("model") or {}).get("_component_", "")) if isinstance(tree.get("model"), dict) else ""
+    model, loss = _component(tree, "model"), _component(tree, "loss")
     builder = model.rpartition(".")[2]
-    loss = str((tree.get("loss") or {}).get("_component_", "")) if isinstance(tree.get("loss"), dict) else ""
-    told: list[tuple[Callable[[], bool], str, str]] = [
-        (lambda: "teacher_model" in tree, "teacher_model", "knowledge distillation trains on another model's output"),
-        (
-            lambda: any(key in tree for key in ("ppo_epochs", "policy_model", "reward_and_value_model")),
-            "ppo_epochs",
-            "PPO learns from rewards",
-        ),
-        (lambda: "rlhf" in loss or "ref_checkpointer" in tree, "loss", "DPO learns from preferences"),
-        (lambda: tree.get("quantizer") is not None, "quantizer", "quantisation-aware training imitates integers"),
-        (
-            lambda: builder.startswith(("lora_", "qlora_", "dora_", "qdora_")) or "lora_attn_modules" in str(tree),
-            "model",
-            f"{builder} trains low-rank adapters",
-        ),
-        (lambda: "vision" in model or "flamingo" in model, "model", f"{builder} reads images"),
-        (lambda: named is not None and named not in RECIPES, "recipe", f"{named} is another recipe"),
-        (lambda: "optimizer" not in tree or "dataset" not in tree, "optimizer", "without one nothing is trained"),
-        (lambda: not model, "model._component_", "the file does not say which model is trained"),
-    ]
-    for holds, key, what in told:
-        if holds():
-            problem = f"{what}; ftlab takes the full fine-tuning recipes of language models ({', '.join(RECIPES)})"
-            raise ConfigError(key, problem, "tune ls: any configuration named ..._full or ..._full_single_device")
+    if "teacher_model" in tree:
+        _refuse("teacher_model", "knowledge distillation trains on another model's output")
+    if any(key in tree for key in ("ppo_epochs", "policy_model", "reward_and_value_model")):
+        _refuse("ppo_epochs", "PPO learns from rewards")
+    if "rlhf" in loss or "ref_checkpointer" in tree:
+        _refuse("loss", "DPO learns from preferences")
+    if tree.get("quantizer") is not None:
+        _refuse("quantizer", "quantisation-aware training imitates integers")
+    if builder.startswith(("lora_", "qlora_", "dora_", "qdora_")) or "lora_attn_modules" in str(tree):
+        _refuse("model", f"{builder} trains low-rank adapters")
+    if "vision" in model or "flamingo" in model:
+        _refuse("model", f"{builder} reads images")
+    if named is not None and named not in RECIPES:
+        _refuse("recipe", f"{named} is another recipe")
+    if "optimizer" not in tree or "dataset" not in tree:
+        _refuse("optimizer", "without one nothing is trained")
+    if not model:
+        _refuse("model._component_", "the file does not say which model is trained")
+
+
+def _refuse(key: str, what: str) -> NoReturn:
+    problem = f"{what}; ftlab takes the full fine-tuning recipes of language models ({', '.join(RECIPES)})"
+    raise ConfigError(key, problem, "tune ls: any configuration named ..._full or ..._full_single_device")
+
+
+def _component(tree: dict[str, Any], key: str) -> str:
+    node = tree.get(key)
+    return str(node.get("_component_", "")) if isinstance(node, dict) else ""
 
 
 _OF_SEVERAL = (
@@ -232,21 +237,32 @@ def _shards(done: Translation, nproc_per_node: int | None) -> None:
 def _folder_and_logs(done: Translation) -> None:
     if (folder := done.take("output_dir")) is not None:
         done.set("paths.output_dir", folder)
-    logger = done.component("metric_logger", "").rpartition(".")[2]
-    settings = done.take_all("metric_logger")
-    if logger == "WandBLogger":
-        for name in ("project", "entity", "group"):
-            if (value := settings.get(name)) is not None:
-                done.set(f"logger.wandb.{name}", value)
-    elif logger in ("DiskLogger", "StdoutLogger", ""):
-        done.overrides.append("logger=[console,jsonl]")
-    else:
-        done.overrides.append("logger=[console,jsonl]")
-        done.note(
-            "absent", f"metric_logger={logger}", "metrics go to metrics.jsonl; logger=[console,jsonl,wandb] adds W&B"
-        )
+    _logger(done, folder)
     profiler = done.take_all("profiler")
     if profiler.get("enabled"):
         warm = profiler.get("wait_steps", 5) + profiler.get("warmup_steps", 3)
         done.set("trainer.profile_steps", [warm + 1, warm + profiler.get("active_steps", 2)])
     done.take("collate_fn")
+
+
+_OF_WANDB = {
+    "name": "run_name",
+    **{name: f"logger.wandb.{name}" for name in ("project", "entity", "group", "job_type", "tags")},
+}
+
+
+def _logger(done: Translation, folder: str | None) -> None:
+    logger = done.component("metric_logger", "").rpartition(".")[2]
+    settings = {name: value for name, value in done.take_all("metric_logger").items() if value is not None}
+    if f"{settings.get('log_dir', folder)}/".startswith(f"{folder}/"):
+        settings.pop("log_dir", None)  # the run's folder holds its logs anyway
+    if logger == "WandBLogger":
+        for name in [name for name in _OF_WANDB if name in settings]:
+            done.set(_OF_WANDB[name], settings.pop(name))
+    else:
+        done.overrides.append("logger=[console,jsonl]")
+        if logger not in ("DiskLogger", "StdoutLogger", ""):
+            why = "metrics go to metrics.jsonl; logger=[console,jsonl,wandb] adds W&B"
+            done.note("absent", f"metric_logger={logger}", why)
+    for name, value in settings.items():
+        done.note("absent", mask_secrets(f"metric_logger.{name}={value}"), "logs go into the run's folder")

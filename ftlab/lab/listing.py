@@ -16,10 +16,9 @@ from rich.table import Table
 from rich.tree import Tree
 
 from ftlab.errors import ConfigError
-from ftlab.lab.runs import RunRecord, find_runs
+from ftlab.lab.runs import PLACES, RunRecord, find_runs
 from ftlab.outputs.files import shortest
 
-_PLACES = (Path("outputs"), Path("multirun_outputs"))
 _FILTER = re.compile(r"([\w./@-]+?)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge
@@ -37,6 +36,7 @@ _OWN: dict[str, Callable[[RunRecord], Any]] = {
     "dataset": lambda run: _chosen(run, "dataset"),
     "optimizer": lambda run: _chosen(run, "optimizer"),
 }
+_UNLIMITED = 100_000  # characters; wider than any line
 _COLOURS = {"completed": "green", "failed": "red", "lost": "red", "preempted": "yellow", "running": "cyan"}
 
 
@@ -45,6 +45,10 @@ def value_of(run: RunRecord, key: str) -> Any:
     if key in _OWN:
         return _OWN[key](run)
     return run.final_metrics[key] if key in run.final_metrics else run.settings.get(key)
+
+
+def _has(run: RunRecord, key: str) -> bool:
+    return key in _OWN or key in run.final_metrics or key in run.settings  # which may be null
 
 
 def select(words: Sequence[str], sort: str = "started") -> list[RunRecord]:
@@ -58,9 +62,9 @@ def select(words: Sequence[str], sort: str = "started") -> list[RunRecord]:
     """
     filters = [found for word in words if not Path(word).exists() and (found := _FILTER.fullmatch(word))]
     folders = [Path(word) for word in words if Path(word).exists() or not _FILTER.fullmatch(word)]
-    runs = find_runs(folders or [place for place in _PLACES if place.is_dir()])
+    runs = find_runs(folders or [place for place in PLACES if place.is_dir()])
     for key in [*(found[1] for found in filters), sort]:
-        if runs and key not in _OWN and all(value_of(run, key) is None for run in runs):
+        if runs and not any(_has(run, key) for run in runs):
             raise ConfigError(key, f"no run has such a setting, metric or fact; facts are {', '.join(_OWN)}")
     kept = [run for run in runs if all(_passes(run, *found.groups()) for found in filters)]
     known = [run for run in kept if value_of(run, sort) is not None]
@@ -69,21 +73,26 @@ def select(words: Sequence[str], sort: str = "started") -> list[RunRecord]:
 
 
 def _passes(run: RunRecord, key: str, relation: str, text: str) -> bool:
-    value, wanted = value_of(run, key), yaml.safe_load(text) if text else ""
+    value = value_of(run, key)
     if relation in _COMPARE:
-        try:
-            return bool(_COMPARE[relation](value, wanted))
+        try:  # texts are compared as texts: dates
+            return bool(_COMPARE[relation](value, text if isinstance(value, str) else _read(text)))
         except TypeError:  # None, or text and a number
             return False
-    same = value == _number(wanted) or fnmatchcase(str(value), text)
+    same = value == _read(text) or fnmatchcase(str(value), text)
     return same if relation == "=" else not same
 
 
-def _number(value: Any) -> Any:
+def _read(text: str) -> Any:
+    """What ``text`` stands for in a configuration."""
     try:
-        return float(value) if isinstance(value, str) else value  # YAML reads 1e-5 as text
+        return float(text)  # YAML reads 1e-5 as text
     except ValueError:
-        return value
+        pass
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:  # a pattern, such as [ab]*
+        return text
 
 
 def _sortable(value: Any) -> tuple[bool, Any]:
@@ -92,7 +101,9 @@ def _sortable(value: Any) -> tuple[bool, Any]:
 
 
 def _chosen(run: RunRecord, group: str) -> str | None:
-    """The option of a group as it was typed, else its component's name."""
+    """The option of a group; its component's name where only that is known."""
+    if group in run.choices:
+        return run.choices[group]
     typed = [text.partition("=")[2] for text in run.overrides if text.startswith(f"{group}=")]
     target = run.settings.get(f"{group}._target_")
     return typed[-1] if typed else None if target is None else str(target).rpartition(".")[2]
@@ -114,11 +125,11 @@ def as_rows(runs: Iterable[RunRecord]) -> list[dict[str, Any]]:
 
 def print_runs(runs: Sequence[RunRecord], columns: Sequence[str]) -> None:
     """A table, a line a run; ``columns`` are further ones. What was typed for every run is left out."""
-    console = Console(width=max(Console().width, 120), highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     shared = set.intersection(*(set(run.overrides) for run in runs)) if len(runs) > 1 else set()
     for name in ("folder", "status", "step", "train/loss", "val/loss", *columns):
-        table.add_column(name, justify="left" if name in ("folder", "status") else "right", no_wrap=name != "folder")
+        left = name in ("folder", "status")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "folder", overflow="fold")
     table.add_column("typed", overflow="fold")
     for run in runs:
         colour = _COLOURS.get(run.status, "default")
@@ -127,6 +138,11 @@ def print_runs(runs: Sequence[RunRecord], columns: Sequence[str]) -> None:
         table.add_row(
             escape(str(shortest(run.folder))), f"[{colour}]{run.status}[/]", *map(escape, numbers), escape(typed)
         )
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.width = max(console.width, 120)
+    else:  # a program that reads lines gets each run as one
+        console.width = _UNLIMITED
     console.print(table if runs else "no run")
 
 
@@ -136,7 +152,6 @@ def _cell(value: Any) -> str:
 
 def print_tree(runs: Sequence[RunRecord]) -> None:
     """Every run below the one whose weights it began with, with the times that it was gone on with."""
-    console = Console(highlight=False)
     by_folder = {run.folder: run for run in runs}
     children: dict[Path | None, list[tuple[RunRecord, str]]] = {}
     for run in runs:
@@ -153,7 +168,8 @@ def print_tree(runs: Sequence[RunRecord]) -> None:
 
     root = Tree("runs", hide_root=True)
     grow(root, None)
-    console.print(root, soft_wrap=True)
+    # A label that is cut lacks its facts; what is wider than the terminal goes on in its next line.
+    Console(width=_UNLIMITED, highlight=False).print(root, soft_wrap=True)
 
 
 def _parent(run: RunRecord) -> tuple[Path | None, str]:

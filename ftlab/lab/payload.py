@@ -154,10 +154,10 @@ def _samples(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def _last_answers(run: RunRecord) -> Iterator[dict[str, Any]]:
-    """Of training the last, and of each set that ``ftlab evaluate`` measured the newest."""
+    """Of training the last, and of each set that ``ftlab evaluate`` measured those of the latest step."""
     last = max((row["step"] for row in run.samples), default=0)
     yield from (row for row in run.samples if row["step"] == last)
-    evaluated = {str(one.get("on")): one for one in run.evaluations}
+    evaluated = {str(one.get("on")): one for one in run.evaluations_by_step}
     for on, one in evaluated.items():
         answers = [row for row in one.get("samples") or [] if isinstance(row, dict)]
         if len(answers) <= _MAX_SAMPLES:

@@ -65,13 +65,16 @@ class Counts:
     longest_validation: int | None
 
 
-def plan(overrides: Sequence[str], given: Given) -> dict[str, Any]:
+def plan(overrides: Sequence[str], given: Given, extra_dir: Path | None = None) -> dict[str, Any]:
     """Everything that is known beforehand of the run that ``overrides`` describe. Nothing is downloaded.
+
+    Args:
+        extra_dir: a further folder to search for options.
 
     Raises:
         ConfigError, ConfigErrors: for a configuration that no run could use.
     """
-    config = compose_config(overrides)
+    config = compose_config(overrides, extra_dir=extra_dir)
     config["seed"] = config["seed"] or 0
     device = pick_device(config["device"])
     n_ranks, n_local = n_workers(config, device)

@@ -28,6 +28,9 @@ from ftlab.outputs.sweep import Job, SweepFolder
 Row = dict[str, Any]
 Series = list[tuple[int, float | None]]  # step and value; None where it was not finite
 
+PLACES = (Path("outputs"), Path("multirun_outputs"))
+"""Where runs are made, unless their user says otherwise."""
+
 # libyaml's parser, where PyYAML was built with it, reads a configuration in a tenth of the time.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -73,6 +76,14 @@ class RunRecord:
         return [str(item) for item in found] if isinstance(found, list) else []
 
     @cached_property
+    def choices(self) -> dict[str, str]:
+        """The option of each group, as Hydra noted it, whether it was typed or is a default."""
+        found = _yaml(self.folder / ".hydra" / "hydra.yaml")
+        for name in ("hydra", "runtime", "choices"):
+            found = found.get(name) if isinstance(found, dict) else None
+        return {str(group): str(option) for group, option in found.items()} if isinstance(found, dict) else {}
+
+    @cached_property
     def metrics(self) -> list[Row]:
         """The lines of ``metrics.jsonl`` in the order of their steps."""
         return list(read_jsonl(self.folder / "metrics.jsonl"))
@@ -90,6 +101,16 @@ class RunRecord:
         except (OSError, ValueError, RecursionError):
             return []
         return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+    @property
+    def evaluations_by_step(self) -> list[Row]:
+        """``evaluations`` in the order of the steps that were measured; of one step the newest comes last."""
+
+        def step(evaluation: Row) -> int:
+            found = evaluation.get("step")
+            return found if isinstance(found, int) else 0
+
+        return sorted(self.evaluations, key=step)
 
     @property
     def id(self) -> str:
@@ -206,16 +227,22 @@ def find_jobs(paths: Iterable[Path]) -> list[RunRecord]:
     for path in paths:
         here = path.expanduser()
         if not here.is_dir():
-            raise ConfigError("FOLDER", f"there is no folder {path}", "outputs")
+            raise ConfigError("FOLDER", f"there is no folder {path}", _elsewhere(here))
         folders = list(_below(here.resolve()))
         found = {folder: RunRecord(folder) for folder in folders if is_run(folder)}
         absent = {job.folder: job for folder in folders for job in _jobs_without_runs(folder)}
         if not found and not absent:
-            raise ConfigError("FOLDER", f"there is no run in {path}", "outputs, multirun_outputs or a run's folder")
+            raise ConfigError("FOLDER", f"there is no run in {path}", _elsewhere(here))
         runs, others = runs | found, others | absent
     # "~": what does not say when it began comes last
     in_order = sorted(runs.values(), key=lambda run: (str(run.record.get("started", "~")), natural(str(run.folder))))
     return in_order + list(others.values())
+
+
+def _elsewhere(here: Path) -> str:
+    """Where there may be runs, if not ``here``."""
+    places = [str(place) for place in PLACES if place.is_dir() and place.resolve() != here.resolve()]
+    return " or ".join(places) or "python train.py, which makes one"
 
 
 def _jobs_without_runs(folder: Path) -> Iterator[RunRecord]:

@@ -248,7 +248,7 @@ def _results(runs: list[RunRecord], metric: str) -> list[Column]:
         "val/loss": ("nats per target token, when the run ended", final("val/loss")),
         "val/exact_match": ("share of right answers, when the run ended", final("val/exact_match")),
         "train/loss": ("nats per target token, the last that was logged", final("train/loss")),
-        **{name: ("found by ftlab evaluate", _evaluated(name)) for name in _evaluations(runs)},
+        **{name: ("found by ftlab evaluate at its latest step", _evaluated(name)) for name in _evaluations(runs)},
         "perf/tokens_per_s": ("real tokens per second, over the whole run", final("perf/tokens_per_s")),
         "memory/peak_gib": ("GiB, of the first rank", memory),
         "steps": ("optimizer steps done", lambda run: run.step),
@@ -274,4 +274,7 @@ def _scores(evaluation: dict[str, Any]) -> dict[str, float]:
 
 
 def _evaluated(name: str) -> Callable[[RunRecord], Cell]:
-    return lambda run: next((_scores(one)[name] for one in reversed(run.evaluations) if name in _scores(one)), None)
+    def read(run: RunRecord) -> Cell:
+        return next((_scores(one)[name] for one in reversed(run.evaluations_by_step) if name in _scores(one)), None)
+
+    return read

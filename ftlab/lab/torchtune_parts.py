@@ -50,8 +50,9 @@ class Translation:
 
     def take_all(self, prefix: str) -> dict[str, Any]:
         """Everything below ``prefix``, by the rest of its key."""
-        found = {key.removeprefix(f"{prefix}."): self.left.pop(key) for key in list(self.left) if _below(key, prefix)}
-        return found if prefix not in found else {}
+        self.left.pop(prefix, None)  # where it is null, or empty
+        below = [key for key in self.left if key.startswith(f"{prefix}.")]
+        return {key.removeprefix(f"{prefix}."): self.left.pop(key) for key in below}
 
     def component(self, key: str, default: str | None = None) -> str:
         """The dotted path of a component."""
@@ -75,10 +76,6 @@ class Translation:
 def has_option(group: str, name: str) -> bool:
     """Whether ``conf/`` has it."""
     return (CONF / group / f"{name}.yaml").is_file()
-
-
-def _below(key: str, prefix: str) -> bool:
-    return key == prefix or key.startswith(f"{prefix}.")
 
 
 # ---- model, tokenizer, weights
@@ -132,10 +129,10 @@ def weights(done: Translation) -> None:
     if done.take("resume_from_checkpoint", False):
         why = "a torchtune run cannot be gone on with; the new run begins with the weights in checkpoint_dir"
         done.note("absent", "resume_from_checkpoint", why)
-    path = done.take("tokenizer.path")
-    for key in ("merges_file", "special_tokens_path", "vocab_path", "merges_path"):
-        path = done.take(f"tokenizer.{key}") if path is None else done.take(f"tokenizer.{key}", path) and path
-    if path is not None:
+    names = ("path", "merges_file", "special_tokens_path", "vocab_path", "merges_path")
+    paths = [path for name in names if (path := done.take(f"tokenizer.{name}")) is not None]
+    if paths:
+        path = paths[0]
         beside = PurePosixPath(path).parent
         if beside not in (PurePosixPath(folder), PurePosixPath(folder) / "original"):
             # Of a vocabulary and its merges, the folder holds tokenizer.json too.

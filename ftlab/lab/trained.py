@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from ftlab.models.resize import end_ids
 from ftlab.outputs.files import read_yaml
 from ftlab.outputs.folder import read_record
 from ftlab.storage.addresses import OUTPUTS, candidates, find_run
-from ftlab.storage.checkpoints import verify
+from ftlab.storage.checkpoints import Checkpoints, Found, verify
+from ftlab.training.export import MANIFEST
 from ftlab.training.opened import open_checkpoint
 
 _BUILT = ("model", "tokenizer", "dataset", "precision")
@@ -46,8 +48,54 @@ class Trained:
     source: Path
 
 
+@dataclass(frozen=True)
+class Exported:
+    """The export of a run, in its folder ``export``.
+
+    Attributes:
+        step: optimizer steps that its weights were trained for; None where that is not known.
+    """
+
+    run: Path
+    step: int | None
+
+    @property
+    def folder(self) -> Path:
+        return self.run / "export"
+
+
+def find_export(address: str) -> Exported | None:
+    """The export that ``address`` means: of a run as a whole, and not older than what the run has come to since."""
+    run = (OUTPUTS / "latest" if address == "latest" else Path(address).expanduser()).resolve()
+    if not (run / "export" / "config.json").is_file():
+        return None
+    checkpoints = [found.step for found in Checkpoints(run / "checkpoints").complete()]
+    exported, done = Exported(run, _step_of(run / "export")), _steps(run)
+    if exported.step is None:
+        return None if checkpoints else exported
+    # Less was done than was exported: it went back to an earlier step, and on from there.
+    is_newest = max(checkpoints, default=0) <= exported.step and (done is None or exported.step <= done)
+    return exported if is_newest else None
+
+
+def find_checkpoint(address: str) -> Found:
+    """The checkpoint that ``address`` means, as the argument of a verb.
+
+    Raises:
+        ConfigError: there is no such run, or nothing complete of what is asked for.
+        CheckpointError: none was validated, and the best is asked for.
+    """
+    try:
+        return candidates(find_run(address, "RUN"))[0]
+    except ConfigError as error:
+        fix = error.fix and error.fix.removeprefix("RUN=")  # which only train.py takes in this form
+        if fix == "latest" and not (OUTPUTS / "latest").exists():
+            fix = "python train.py, which makes a run"
+        raise ConfigError("RUN", error.problem, fix) from None
+
+
 def open_trained(address: str, device: str | None = None) -> Trained:
-    """The model at ``address``: of a run that exported its last weights those, unless a checkpoint is asked for.
+    """The newest weights at ``address``: those that the run exported, unless a checkpoint is asked for or newer.
 
     Args:
         address: RUN, RUN@STEP, RUN@best, RUN/checkpoints/step_N or latest.
@@ -57,10 +105,9 @@ def open_trained(address: str, device: str | None = None) -> Trained:
         ConfigError: there is no such run, or nothing in it to read.
         CheckpointError: the checkpoint is damaged.
     """
-    run = (OUTPUTS / "latest" if address == "latest" else Path(address).expanduser()).resolve()
-    if (run / "export" / "config.json").is_file():
-        return _exported(run, device)
-    found = candidates(find_run(address, "RUN"))[0]
+    if (exported := find_export(address)) is not None:
+        return _open_export(exported, device)
+    found = find_checkpoint(address)
     verify(found, None)
     opened = open_checkpoint(found.path)
     config = todays_config(opened.told["config"], found.path.parent.parent, found.path, to_build=_BUILT)
@@ -83,8 +130,8 @@ def open_trained(address: str, device: str | None = None) -> Trained:
     )
 
 
-def _exported(run: Path, device: str | None) -> Trained:
-    export = run / "export"
+def _open_export(exported: Exported, device: str | None) -> Trained:
+    run, export = exported.run, exported.folder
     try:
         config = read_yaml(run / "config.yaml")
     except (OSError, ValueError) as error:
@@ -103,9 +150,16 @@ def _exported(run: Path, device: str | None) -> Trained:
         precision=precision,
         parallel=parallel,
         end_ids=end_ids(export, tokenizer.eos_id),
-        step=_steps(run),
+        step=exported.step,
         source=export,
     )
+
+
+def _step_of(export: Path) -> int | None:
+    try:
+        return int(json.loads((export / MANIFEST).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _steps(run: Path) -> int | None:

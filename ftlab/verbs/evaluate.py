@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ftlab.verbs._types import whole
+
 HELP = "loss and right answers of one or more runs, on any data"
 
 
@@ -12,7 +14,7 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="RUN, RUN@STEP or RUN@best; and overrides, see --help")
     parser.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval instead of a dataset (extra eval)")
     parser.add_argument("--tasks-dir", type=Path, metavar="FOLDER", help="where tasks of your own are defined")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N questions of each task")
     parser.epilog = "overrides: dataset=OPTION, dataset.KEY=…, evaluation.KEY=…, seq_len=…, device=…"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from ftlab.verbs._types import not_negative, share, whole
+
 HELP = "ask the model of a finished run"
 
 
@@ -11,10 +13,10 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="RUN, RUN@STEP or RUN@best, e.g. outputs/latest")
     parser.add_argument("prompt", help="the instruction; the run's own template is put around it")
     parser.add_argument("--input", default="", help="further context, Alpaca's input field")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this share of probability")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=256, metavar="N")
+    parser.add_argument("--temperature", type=not_negative, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="sample from this share of probability")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the sampling")
 
 
 def run(arguments: Namespace) -> None:

@@ -6,19 +6,24 @@ import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
+from ftlab.verbs._types import folder, not_negative, positive, whole
+
 HELP = "parameters, memory, steps, time and cost of a run, beforehand"
 
 
 def declare(parser: ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+    parser.add_argument("--config-dir", type=folder, metavar="FOLDER", help="with options of yours, as for train.py")
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--rows", type=int, metavar="N", help="training rows, where the data is not at hand")
-    parser.add_argument("--row-tokens", type=float, metavar="N", help="their mean length in tokens")
+    parser.add_argument("--rows", type=whole(1), metavar="N", help="training rows, where the data is not at hand")
+    parser.add_argument("--row-tokens", type=positive, metavar="N", help="their mean length in tokens")
     parser.add_argument(
         "--tokens-per-s", type=_throughput, metavar="N|RUN", help="of all ranks; or a run that measured it"
     )
-    parser.add_argument("--price-per-hour", type=float, metavar="X", help="of one device")
-    parser.add_argument("--memory-gib", type=float, metavar="N", help="of one GPU, when planning for another machine")
+    parser.add_argument("--price-per-hour", type=not_negative, metavar="X", help="of one device")
+    parser.add_argument(
+        "--memory-gib", type=positive, metavar="N", help="of one GPU, when planning for another machine"
+    )
 
 
 def run(arguments: Namespace) -> int:
@@ -26,7 +31,8 @@ def run(arguments: Namespace) -> int:
     from ftlab.lab.plan_table import print_plan
 
     names = ("rows", "row_tokens", "tokens_per_s", "price_per_hour", "memory_gib")
-    found = plan(arguments.overrides, Given(**{name: getattr(arguments, name) for name in names}))
+    given = Given(**{name: getattr(arguments, name) for name in names})
+    found = plan(arguments.overrides, given, arguments.config_dir)
     if arguments.json:
         print(json.dumps(found))
     else:
@@ -38,8 +44,11 @@ def _throughput(text: str) -> float:
     """A number of tokens per second, or the one in a finished run's run.json."""
     run = Path(text) / "run.json"
     if not run.is_file():
-        return float(text)
-    measured = json.loads(run.read_text(encoding="utf-8")).get("metrics") or {}
-    if "perf/tokens_per_s" not in measured:
-        raise ArgumentTypeError(f"{run} has no tokens_per_s: did that run reach its end?")
-    return float(measured["perf/tokens_per_s"])
+        if "/" in text or Path(text).exists():
+            raise ArgumentTypeError(f"{text} is no run's folder: it has no run.json")
+        return positive(text)
+    try:
+        measured = json.loads(run.read_text(encoding="utf-8"))["metrics"]["perf/tokens_per_s"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ArgumentTypeError(f"{run} has no tokens_per_s: did that run reach its end?") from None
+    return positive(str(measured))

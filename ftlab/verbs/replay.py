@@ -5,13 +5,15 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ftlab.verbs._types import whole
+
 HELP = "the batch of one step of a run, built again and compared"
 
 
 def declare(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder, e.g. outputs/latest")
-    parser.add_argument("--step", type=int, required=True, metavar="N", help="optimizer step, counted from 1")
-    parser.add_argument("--show", type=int, default=3, metavar="N", help="samples to show whole (default 3)")
+    parser.add_argument("--step", type=whole(1), required=True, metavar="N", help="optimizer step, counted from 1")
+    parser.add_argument("--show", type=whole(0), default=3, metavar="N", help="samples to show whole (default 3)")
 
 
 def run(arguments: Namespace) -> int:

@@ -6,6 +6,8 @@ import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ftlab.verbs._types import positive
+
 HELP = "one HTML page and summary.csv on a set of runs"
 
 
@@ -15,7 +17,7 @@ def declare(parser: ArgumentParser) -> None:
     parser.add_argument("--title", help="of the page; default: the first folder's name")
     parser.add_argument("--metric", help="by which to judge runs, e.g. val/exact_match; default: evaluation.metric")
     parser.add_argument(
-        "--watch", type=float, nargs="?", const=10.0, metavar="S", help="again every S seconds (10) while runs go on"
+        "--watch", type=positive, nargs="?", const=10.0, metavar="S", help="again every S seconds (10) while runs go on"
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from ftlab.verbs._types import whole
+
 HELP = "whether parallelism changes what a configuration computes"
 
 
 def declare(parser: ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps to compare (default 5)")
+    parser.add_argument("--steps", type=whole(1), default=5, metavar="N", help="optimizer steps to compare (default 5)")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
 
 

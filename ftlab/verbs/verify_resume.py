@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from ftlab.verbs._types import whole
+
 HELP = "whether a killed and resumed run ends as one that was not"
 
 
 def declare(parser: ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="optimizer steps to train (default 10)")
+    parser.add_argument("--steps", type=whole(1), default=10, metavar="N", help="optimizer steps to train (default 10)")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
 
 

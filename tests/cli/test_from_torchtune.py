@@ -229,6 +229,19 @@ def test_what_has_no_equivalent_is_said_key_by_key(translate):
     assert {"seed", "batch_size"} <= set(keys(done, "fixed"))
 
 
+def test_what_a_logger_is_told_goes_to_wandb_or_into_a_comment(translate):
+    logger = {"_component_": "torchtune.training.metric_logging.WandBLogger", "project": "mine", "name": "foo"}
+    logger |= {"tags": ["a", "b"], "job_type": "sft", "group": None, "log_dir": "/elsewhere", "notes": "hi"}
+    done = translate(metric_logger=logger)
+    wandb = done.config["logger"]["wandb"]
+    assert done.config["run_name"] == "foo"
+    assert (wandb["project"], wandb["tags"], wandb["job_type"]) == ("mine", ["a", "b"], "sft")
+    assert keys(done, "absent") == ["metric_logger.log_dir=/elsewhere", "metric_logger.notes=hi"]
+    comet = {"_component_": "torchtune.training.metric_logging.CometLogger", "api_key": "0123456789abcdef"}
+    said = keys(translate(metric_logger=comet), "absent")
+    assert said == ["metric_logger=CometLogger", "metric_logger.api_key=***"]
+
+
 def test_the_script_is_a_shell_script_whose_command_is_the_translation(translate, tmp_path, capsys):
     done = translate(dataset={"_component_": "torchtune.datasets.alpaca_dataset", "data_files": "/my rows/a b.json"})
     script = as_script(done, Path("config.yaml"))

@@ -128,6 +128,30 @@ def test_ftlab_generate_says_what_is_wrong_with_a_folder(tmp_path, capsys):
     assert "is no run's folder" in capsys.readouterr().err
 
 
+def test_what_a_verb_says_to_try_is_what_a_verb_takes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ftlab(["generate", "latest", "hi"]) == 2
+    assert capsys.readouterr().err.endswith("\n  try: python train.py, which makes a run\n")
+    run = tmp_path / "outputs" / "one"
+    (run / "checkpoints" / "step_00000003").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / "checkpoints" / "step_00000003" / "MANIFEST.json").touch()
+    for words in (["generate", "outputs/one@7", "hi"], ["export", "outputs/one@7", "out"]):
+        assert ftlab(words) == 2
+        assert capsys.readouterr().err.endswith(f"\n  try: {run}@3\n")
+
+
+@pytest.mark.parametrize(
+    ("keeps", "following"),
+    [((), "ftlab generate"), (("export=false",), "ftlab export"), (("export=false", "at_end=false"), None)],
+)
+def test_a_run_ends_with_a_command_that_works(tiny_run, capsys, keeps, following):
+    tiny_run("trainer.max_steps=1", "evaluation.n_samples=0", *(f"checkpoint.{kept}" for kept in keeps))
+    said = capsys.readouterr().out
+    commands = [command for command in ("ftlab generate", "ftlab export") if command in said]
+    assert commands == ([following] if following else [])
+
+
 def test_a_run_that_goes_bad_says_so_in_its_folder_and_names_step_and_samples(tiny_run):
     run = tiny_run("optimizer=sgd", "optimizer.lr=1e30", "trainer.max_grad_norm=null", "trainer.max_steps=20")
     assert run.exit_code == 3

@@ -20,6 +20,7 @@ from ftlab.config.check import check_command_line, check_job
 from ftlab.config.compose import compose, hydra_globals
 from ftlab.errors import CheckpointError, ConfigError, ConfigErrors
 from ftlab.jobs import launch
+from ftlab.lab.trained import find_export, open_trained
 from ftlab.storage.addresses import candidates, find_run
 from ftlab.storage.checkpoints import Checkpoints
 from ftlab.training import export as exporting
@@ -113,6 +114,40 @@ def test_a_finished_run_has_nothing_to_go_on_with_unless_it_is_prolonged(run: Fi
     assert "max_steps: 14" in (run.folder / "config.yaml").read_text()
     # What was changed lasts: the next session begins with it.
     assert check_command_line([f"resume={run.folder}"])["optimizer"]["lr"] == 1e-4  # type: ignore[index]
+
+
+def test_a_run_that_was_prolonged_is_asked_at_its_newest_weights(run: FinishedRun) -> None:
+    assert open_trained(str(run.folder)).source == run.folder / "export"
+    assert resume(f"resume={run.folder}", "trainer.max_steps=14", "checkpoint.export=false") == 0
+    trained = open_trained(str(run.folder))
+    assert (trained.step, trained.source.name) == (14, "step_00000014")
+
+
+@pytest.mark.parametrize(
+    ("exported", "done", "checkpoints", "counts"),
+    [
+        (12, 12, [9, 12], True),
+        (12, 12, [9], True),  # checkpoint.at_end=false
+        (12, 12, [9, 14], False),  # going on beyond it
+        (12, 9, [6, 9], False),  # it went back
+        (12, None, [], True),
+        (None, 12, [], True),
+        (None, 12, [9], False),
+    ],
+)
+def test_an_export_counts_for_the_run_while_nothing_is_newer(
+    tmp_path: Path, exported: int | None, done: int | None, checkpoints: list[int], counts: bool
+) -> None:
+    for step in checkpoints:
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json").touch()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").touch()
+    (tmp_path / "export" / "MANIFEST.json").write_text(json.dumps({} if exported is None else {"step": exported}))
+    (tmp_path / "run.json").write_text(json.dumps({} if done is None else {"progress": {"step": done}}))
+    found = find_export(str(tmp_path))
+    assert (found is not None) == counts
+    assert found is None or found.step == exported
 
 
 @pytest.mark.parametrize(

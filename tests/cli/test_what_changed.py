@@ -179,8 +179,13 @@ def lab(tmp_path: Path, monkeypatch) -> Path:
         folder = tmp_path / "outputs" / name
         (folder / ".hydra").mkdir(parents=True)
         (folder / "run.json").write_text(json.dumps({"name": name} | record))
-        (folder / "config.yaml").write_text(yaml.safe_dump({"optimizer": {"lr": {"first": 1e-5}.get(name, 0.01)}}))
+        optimizer = {"_target_": "torch.optim.AdamW", "lr": {"first": 1e-5}.get(name, 0.01)}
+        config = {"optimizer": optimizer, "trainer": {"max_steps_per_epoch": None}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(["seed=0", f"run_name={name}"]))
+        if name != "bad":
+            noted = {"hydra": {"runtime": {"choices": {"optimizer": "adamw", "debug": None}}}}
+            (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(noted))
     return tmp_path
 
 
@@ -193,6 +198,12 @@ def lab(tmp_path: Path, monkeypatch) -> Path:
         (["val/loss<1.5"], ["fork"]),
         (["optimizer.lr=1e-5"], ["first"]),
         (["optimizer.lr>=0.01", "status=completed"], ["fork"]),
+        (["optimizer.lr<1e-2"], ["first"]),
+        (["optimizer=adamw"], ["first", "fork"]),
+        (["optimizer=AdamW"], ["bad"]),  # where Hydra's notes are gone
+        (["trainer.max_steps_per_epoch=null"], ["bad", "first", "fork"]),
+        (["started>=2026-01-02", "started<2026-01-03"], ["first"]),
+        (["name=[bf]*[td]"], ["bad", "first"]),
         (["name=f*", "outputs"], ["first", "fork"]),
         (["outputs/fork"], ["fork"]),
     ],
@@ -211,8 +222,24 @@ def test_ls_sorts_shows_columns_and_speaks_json(lab, capsys):
     assert ftlab(["ls", "--json", "status=failed"]) == 0
     [row] = json.loads(capsys.readouterr().out)
     assert row["error"]["type"] == "NonFiniteError"
+    assert ftlab(["ls", "--json", "name=fork"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["optimizer"] == "adamw"
     assert ftlab(["ls", "optimizer.lrr=1"]) == 2
     assert "no run has" in capsys.readouterr().err
+
+
+def test_nothing_is_cut_where_the_terminal_is_narrow(lab, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "outputs/" + "a_folder_of_many_words_" * 8
+    (lab / "outputs" / "fork").rename(lab / long)
+    for verb, facts in (("ls", ["completed", "run_name=fork"]), ("tree", ["completed", "val 1"])):
+        assert ftlab([verb]) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if long in line]
+        assert all(fact in line for fact in facts)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    assert ftlab(["ls"]) == 0
+    assert "…" not in capsys.readouterr().out
 
 
 def test_tree_draws_forks_and_resumes(lab, capsys):

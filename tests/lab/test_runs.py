@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,8 @@ def test_a_sweeps_folder_gives_its_jobs_in_their_order_and_each_once(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1', "\x00", "[" * 100_000])
 def test_torn_files_are_empty_and_no_error(tmp_path, content):
     folder = make_run(tmp_path / "run", metrics=[{"step": 1, "train/loss": 2.0}])
-    for name in ("run.json", "config.yaml", "evaluation.json"):
+    (folder / ".hydra").mkdir()
+    for name in ("run.json", "config.yaml", "evaluation.json", ".hydra/overrides.yaml", ".hydra/hydra.yaml"):
         (folder / name).write_text(content)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(content + '\n{"no": "step"}\n{"step": 2, "train/loss": nul')
@@ -34,6 +36,7 @@ def test_torn_files_are_empty_and_no_error(tmp_path, content):
     assert run.config == {}
     assert run.settings == {}
     assert run.overrides == []
+    assert run.choices == {}
     assert run.samples == []
     assert run.series("train/loss") == [(1, 2.0)]
     assert run.final_metrics == {"train/loss": 2.0}
@@ -74,9 +77,15 @@ def test_only_the_settings_that_differ_are_named_and_components_speak_for_their_
     }
 
 
-def test_a_folder_without_runs_is_refused_with_what_to_name_instead(tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no run in .*\n  try: outputs"):
+def test_a_folder_without_runs_is_refused_with_what_to_name_instead(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no folder outputs\n  try: python train\.py"):
+        find_runs([Path("outputs")])
+    (tmp_path / "outputs").mkdir()
+    with pytest.raises(ConfigError, match=r"there is no run in .*\n  try: outputs$"):
         find_runs([tmp_path])
+    with pytest.raises(ConfigError, match=r"there is no run in outputs\n  try: python train\.py"):
+        find_runs([Path("outputs")])
     with pytest.raises(ConfigError, match="there is no folder"):
         find_runs([tmp_path / "absent"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 
 import pytest
 
@@ -89,10 +90,14 @@ def test_other_code_or_data_is_a_column(tmp_path):
     assert summarise(find_runs([tmp_path])).column("run.commit").cells == ["aaaaaaaa", "bbbbbbbb+"]
 
 
-def test_what_was_evaluated_later_is_a_column_and_the_last_time_counts(tmp_path):
+@pytest.mark.parametrize("steps", [(None, None), (None, 5), (5, 30), (30, 5), (30, 30), ("30", 5)])
+def test_what_was_evaluated_later_is_a_column_and_the_latest_step_counts(tmp_path, steps):
     folder = make_run(tmp_path / "0")
-    (folder / "evaluation.json").write_text(
-        '[{"on": "gsm8k", "scores": {"exact_match": 0.1}}, {"on": "gsm8k", "scores": {"exact_match": 0.25}}]'
-    )
+    found = [
+        {"on": "gsm8k", "step": step, "scores": {"exact_match": score}}
+        for step, score in zip(steps, (0.1, 0.25), strict=True)
+    ]
+    (folder / "evaluation.json").write_text(json.dumps(found))
     make_run(tmp_path / "1")
-    assert summarise(find_runs([tmp_path])).column("gsm8k: exact_match").cells == [0.25, None]
+    expected = 0.1 if steps == (30, 5) else 0.25
+    assert summarise(find_runs([tmp_path])).column("gsm8k: exact_match").cells == [expected, None]
