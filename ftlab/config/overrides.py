@@ -79,8 +79,10 @@ def with_no_option(overrides: Sequence[str], conf: Path, primary: str) -> list[s
     defaults = yaml.safe_load((conf / f"{primary}.yaml").read_text(encoding="utf-8"))["defaults"]
     entries = [entry for entry in defaults if isinstance(entry, dict)]
     groups = {group for entry in entries for group, option in entry.items() if option is None}
-    none = [bool(found := _NULL.fullmatch(text)) and found[1] in groups for text in overrides]
-    return [re.sub(r"\bnull\b", "[]", text) if is_none else text for text, is_none in zip(overrides, none, strict=True)]
+    return [
+        re.sub(r"\bnull\b", "[]", text) if (found := _NULL.fullmatch(text)) and found[1] in groups else text
+        for text in overrides
+    ]
 
 
 def given_values(overrides: Sequence[str]) -> dict[str, Any]:
