@@ -221,8 +221,8 @@ def _beginning(values: dict[str, Any]) -> Iterator[ConfigError]:
         except ConfigError as error:
             yield error
     elif values.get("init_optimizer") is True and "resume" in values:
-        problem = "true, but there is no init_from whose optimizer could be taken"
-        yield ConfigError("init_optimizer", problem, "init_from=RUN init_optimizer=true")
+        told = "true, but there is no init_from whose optimizer could be taken"
+        yield ConfigError("init_optimizer", told, "init_from=RUN init_optimizer=true")
 
 
 def _with_origin(problem: ConfigError, key: str, composition: Composition | None) -> ConfigError:

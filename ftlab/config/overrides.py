@@ -83,9 +83,10 @@ def with_no_option(overrides: Sequence[str], conf: Path, primary: str) -> list[s
     defaults = yaml.safe_load((conf / f"{primary}.yaml").read_text(encoding="utf-8"))["defaults"]
     entries = [entry for entry in defaults if isinstance(entry, dict)]
     groups = {group for entry in entries for group, option in entry.items() if option is None}
-    found = [_NULL.fullmatch(text) for text in overrides]
-    none = [match is not None and match[1] in groups for match in found]
-    return [re.sub(r"\bnull\b", "[]", text) if is_none else text for text, is_none in zip(overrides, none, strict=True)]
+    return [
+        re.sub(r"\bnull\b", "[]", text) if (found := _NULL.fullmatch(text)) and found[1] in groups else text
+        for text in overrides
+    ]
 
 
 def given_values(overrides: Sequence[str]) -> dict[str, Any]:
