@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ _CALL = re.compile(r"\$\{[^}]*[:$]")
 _OWN = ("resume", "paths.")
 # What only a new run can be told.
 _OF_A_NEW_RUN = ("init_from", "init_optimizer", "paths.output_dir", "hydra.", "hydra/")
+_TELLING = ("logger.", "run_name", "sweep.")  # what it is called, and who hears of it
 
 
 def resume_in(overrides: Sequence[str]) -> str | None:
@@ -150,6 +151,9 @@ def overlaid(
         ConfigErrors: for overrides that cannot be, and for those of other keys.
     """
     changed, composition = _changes(config, list(overrides), run, {})
+    # What only tells of a run, such as W&B's tags, follows an option and is nothing here; typed, it is a mistake.
+    typed = {_key(override) for override in overrides}
+    changed = {key: value for key, value in changed.items() if not key.startswith(_TELLING) or _within(key, typed)}
     wrong = [key for key in changed if not key.startswith(may_change)]
     if wrong:
         allowed = ", ".join(f"{key}…" if key.endswith(".") else key for key in may_change)
@@ -183,15 +187,24 @@ def _changes(
     composition = compose([*(override for override in before if _key(override) not in again), *now], **search)
     if composition.problems:
         raise ConfigErrors(composition.problems)
-    with_them, without = _leaves(composition), _leaves(compose(before, **search))
-    keys = [*with_them, *(key for key in without if key not in with_them)]
-    changed = {
-        key: with_them.get(key, _MISSING)
-        for key in keys
-        if with_them.get(key, _MISSING) != without.get(key, _MISSING) and not key.startswith(_OWN)
-    }
-    held = dict(leaves(config))
-    return {key: value for key, value in changed.items() if held.get(key, _MISSING) != value}, composition
+    held, with_them, without = dict(leaves(config)), _leaves(composition), _leaves(compose(before, **search))
+    # The composition of before knows nothing of an option that is no longer to be found, nor of any in a folder that
+    # no command line made: where it says the default, that was not the run's. What is typed for the first time is
+    # therefore compared with what the run holds.
+    new = {_key(override) for override in now if override not in before}
+    without = {key: value for key, value in without.items() if not _within(key, new)}
+    without |= {key: value for key, value in held.items() if _within(key, new)}
+    changed = {}
+    for key in {**without, **with_them}:  # what goes before what comes: a mapping may take the place of its own keys
+        value = with_them.get(key, _MISSING)
+        if value not in (without.get(key, _MISSING), held.get(key, _MISSING)) and not key.startswith(_OWN):
+            changed[key] = value
+    return changed, composition
+
+
+def _within(key: str, parents: Collection[str]) -> bool:
+    """Whether ``key`` is one of ``parents`` or below one."""
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
 def _own_config(address: Address) -> dict[str, Any]:
@@ -255,13 +268,14 @@ def _unsettling(changed: dict[str, Any], held: dict[str, Any], run: Path) -> Ite
 
 
 def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    node = config
-    for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            node[parent] = {}
-        node = node[parent]
+    """Set ``key``, or take it away, and with it the mappings that it leaves empty."""
+    name, _, rest = key.partition(".")
+    if rest:
+        node = config.get(name)
+        inner = node if isinstance(node, dict) else {}
+        _set(inner, rest, value)
+        value = inner or _MISSING
     if value is _MISSING:
-        node.pop(last, None)
+        config.pop(name, None)
     else:
-        node[last] = value
+        config[name] = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ftlab.config.layers import leaves
 from ftlab.errors import ConfigError
 from ftlab.lab.runs import RunRecord, differing, is_run
 from ftlab.outputs.environment import commits_between
@@ -37,6 +38,7 @@ _ORDER = (
     "precision.",
 )
 _NOT_COMPARED = ("perf/", "memory/", "time/")  # metrics that no two runs share
+_NO_METRIC = ("step", "epoch", "non_finite")
 _SHOWN = 12  # samples of a step, commits
 
 
@@ -60,8 +62,8 @@ class Parting:
 
     metric: str
     step: int
-    before: float | None
-    after: float | None
+    before: float | str | None  # "nan", "inf", "-inf" where it was not finite
+    after: float | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +73,13 @@ class Difference:
     Attributes:
         settings: what was typed first, then causes before consequences.
         commits: what lies between the two states of the code, newest first, where git knows.
-        inputs: fingerprints of rows, tokenizer and samples, and where the weights came from.
+        inputs: fingerprints of rows, tokenizer and samples, how many, and where the weights came from.
+        environment: versions, hardware, ranks and what came of them, of later sessions too.
         common_steps: steps at which both logged something.
         partings: by step; empty where every common line is equal to the bit.
         samples: of the first parting's step, in each run, as its ranks noted them.
         ends: last values.
+        unknown: of ``settings``, ``code`` and ``inputs`` those that cannot be told to be the same, and why.
     """
 
     runs: tuple[RunRecord, RunRecord]
@@ -88,10 +92,16 @@ class Difference:
     partings: list[Parting]
     samples: tuple[list[int], list[int]]
     ends: list[Change]
+    unknown: dict[str, str]
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs that can change what is trained, nor what was logged."""
+        """Whether nothing differs that can change what is trained, nor what was logged, as far as a run tells it.
+
+        Uncommitted changes are nothing that a run could tell: what was logged has to do.
+        """
+        if self.unknown.keys() & {"settings", "inputs"}:
+            return False
         decisive = [change for change in self.settings if change.decides]
         return not (decisive or self.code or self.inputs or self.environment or self.partings)
 
@@ -100,6 +110,7 @@ class Difference:
         return {
             "runs": [str(run.folder) for run in self.runs],
             **{part: [vars(one) for one in getattr(self, part)] for part in parts},
+            "unknown": self.unknown,
             "commits": self.commits,
             "common_steps": self.common_steps,
             "samples": self.samples,
@@ -124,16 +135,23 @@ def diff(first: RunRecord, second: RunRecord) -> Difference:
     runs = (first, second)
     partings, common = _partings(first, second)
     codes = [run.part("code") for run in runs]
+    unknown = _unknown(runs)
+    later = _later_sessions(first, second)
+    inputs = [{**({} if "inputs" in unknown else _fingerprints(run)), **_other_inputs(run)} for run in runs]
     return Difference(
         runs=runs,
-        settings=_settings(first, second),
-        code=_changes("code", codes[0], codes[1]),
+        settings=[] if "settings" in unknown else _settings(first, second),
+        code=_changes("code", codes[0], codes[1]) + [change for change in later if ".code." in change.key],
         commits=commits_between(codes[0].get("commit"), codes[1].get("commit"))[:_SHOWN],
-        inputs=_changes("", _inputs(first), _inputs(second)),
+        inputs=_changes("", inputs[0], inputs[1]) + facts_changed(first, second, ("n_train_samples",)),
         environment=[
-            change
-            for part in ("versions", "hardware")
-            for change in _changes(part, first.part(part), second.part(part))
+            *(
+                change
+                for part in ("versions", "hardware")
+                for change in _changes(part, first.part(part), second.part(part))
+            ),
+            *facts_changed(first, second),
+            *(change for change in later if ".code." not in change.key),
         ],
         common_steps=common,
         partings=partings,
@@ -143,7 +161,57 @@ def diff(first: RunRecord, second: RunRecord) -> Difference:
             for change in _changes("", first.final_metrics, second.final_metrics)
             if not change.key.startswith(_NOT_COMPARED)
         ],
+        unknown=unknown,
     )
+
+
+def _unknown(runs: tuple[RunRecord, RunRecord]) -> dict[str, str]:
+    def lacking(found: list[Any]) -> str:
+        return " and ".join(name for name, one in zip("AB", found, strict=True) if not one)
+
+    unknown = {}
+    if without := lacking([run.config for run in runs]):
+        unknown["settings"] = f"not known: no config.yaml in {without}"
+    if without := lacking([_fingerprints(run) for run in runs]):
+        unknown["inputs"] = f"not known: no fingerprints in {without}"
+    codes = [run.part("code") for run in runs]
+    if codes[0] == codes[1] and codes[0].get("dirty"):
+        unknown["code"] = "the same commit; both with uncommitted changes, which are not known to be equal"
+    return unknown
+
+
+def facts_changed(
+    first: RunRecord, second: RunRecord, facts: Sequence[str] = ("device", "attention", "global_batch_size")
+) -> list[Change]:
+    """What came of a run's settings where it ran, the number of its ranks too; where both runs know it."""
+    found = [{name: run.record[name] for name in facts if run.record.get(name) is not None} for run in (first, second)]
+    return [change for change in _changes("", *found) if change.before is not None and change.after is not None]
+
+
+def _later_sessions(first: RunRecord, second: RunRecord) -> list[Change]:
+    """What differs in code, versions, machine or ranks after the runs were gone on with, told once.
+
+    A run that was gone on with less often is compared as it was in its last session.
+    """
+    sessions = [_sessions(run) for run in (first, second)]
+    changes: list[Change] = []
+    told = [(key, sessions[0][0].get(key), sessions[1][0].get(key)) for key in {**sessions[0][0], **sessions[1][0]}]
+    for number in range(1, max(map(len, sessions))):
+        one, other = (found[min(number, len(found) - 1)] for found in sessions)
+        for change in _changes("", one, other):
+            known = "ranks" not in change.key or None not in (change.before, change.after)
+            if known and (change.key, change.before, change.after) not in told:
+                told.append((change.key, change.before, change.after))
+                changes.append(Change(f"resumed[{number - 1}].{change.key}", change.before, change.after))
+    return changes
+
+
+def _sessions(run: RunRecord) -> list[dict[str, Any]]:
+    """Code, versions, machine and, as far as they are known, ranks of each session: flat."""
+    resumed = run.record.get("resumed")
+    later = [one for one in resumed if isinstance(one, dict)] if isinstance(resumed, list) else []
+    parts = ("code", "versions", "hardware", "ranks")
+    return [dict(leaves({part: one[part] for part in parts if part in one})) for one in (run.record, *later)]
 
 
 def _changes(prefix: str, before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
@@ -183,13 +251,16 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _inputs(run: RunRecord) -> dict[str, Any]:
-    """What went in, by fingerprint."""
+def _fingerprints(run: RunRecord) -> dict[str, Any]:
     found: dict[str, Any] = dict(fingerprints(run.folder))
     if not found and run.record.get("data_fingerprint"):
         found["dataset"] = run.record["data_fingerprint"]
+    return found
+
+
+def _other_inputs(run: RunRecord) -> dict[str, Any]:
     weights = run.part("weights")
-    found |= {"weights.commit": weights["commit"]} if weights.get("commit") else {}
+    found = {"weights.commit": weights["commit"]} if weights.get("commit") else {}
     return found | ({"parent_run": run.record["parent_run"]} if run.record.get("parent_run") else {})
 
 
@@ -231,7 +302,9 @@ def _partings(first: RunRecord, second: RunRecord) -> tuple[list[Parting], int]:
 def _by_step(run: RunRecord) -> dict[int, dict[str, Any]]:
     steps: dict[int, dict[str, Any]] = {}
     for row in run.metrics:
-        kept = {k: v for k, v in row.items() if k not in ("step", "epoch") and not k.startswith(_NOT_COMPARED)}
+        words = row.get("non_finite")  # null in JSON, spelled out here
+        values = row | words if isinstance(words, dict) else row
+        kept = {k: v for k, v in values.items() if k not in _NO_METRIC and not k.startswith(_NOT_COMPARED)}
         steps.setdefault(row["step"], {}).update(kept)
     return steps
 
@@ -253,12 +326,12 @@ def print_difference(found: Difference) -> None:
     names = [str(shortest(run.folder)) for run in found.runs]
     console.print(f"A  {escape(names[0])}\nB  {escape(names[1])}", soft_wrap=True)
     decisive = [change for change in found.settings if change.decides]
-    _print(console, "settings", decisive, "the same")
+    _print(console, "settings", decisive, "the same", found.unknown.get("settings"))
     _print(console, "without effect on the weights", found.settings[len(decisive) :])
-    _print(console, "code", found.code)
+    _print(console, "code", found.code, unknown=found.unknown.get("code"))
     for commit in found.commits:
         console.print(f"    {escape(commit)}", soft_wrap=True)
-    _print(console, "inputs", found.inputs, "the same, by fingerprint")
+    _print(console, "inputs", found.inputs, "the same, by fingerprint", found.unknown.get("inputs"))
     _print(console, "environment", found.environment)
     if not found.partings:
         told = f"equal to the bit at all {found.common_steps} common steps" if found.common_steps else "no common step"
@@ -291,15 +364,17 @@ def _listed(ids: list[int]) -> str:
     return ", ".join(map(str, ids[:_SHOWN])) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
 
 
-def _print(console: Console, title: str, changes: list[Change], otherwise: str | None = None) -> None:
+def _print(
+    console: Console, title: str, changes: list[Change], otherwise: str = "", unknown: str | None = None
+) -> None:
+    told = unknown or ("" if changes else otherwise)
+    if changes or told:
+        console.print(f"\n[bold]{title}[/]  {told}".rstrip(), soft_wrap=True)
     if changes:
-        console.print(f"\n[bold]{title}[/]")
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
         for change in changes:
             table.add_row(escape(change.key), escape(_shown(change.before)), "->", escape(_shown(change.after)))
         console.print(table, soft_wrap=True)
-    elif otherwise:
-        console.print(f"\n[bold]{title}[/]  {otherwise}")
 
 
 def _shown(value: Any) -> str:
@@ -309,5 +384,5 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.8g}"
+def _number(value: float | str | None) -> str:
+    return "not finite" if value is None else value if isinstance(value, str) else f"{value:.8g}"

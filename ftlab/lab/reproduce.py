@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from ftlab.config.targets import misfits
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError, ConfigErrors, FtlabError
 from ftlab.jobs import launch
-from ftlab.lab.diff import Change, diff, fingerprints, fingerprints_in
-from ftlab.lab.resume import Compared, compare_files, compare_lines
+from ftlab.lab.diff import Change, diff, facts_changed, fingerprints, fingerprints_in
+from ftlab.lab.resume import Compared, compare_files, compare_lines, untimed
 from ftlab.lab.runs import RunRecord
 from ftlab.models.hub import resolve_checkpoint
 from ftlab.outputs.environment import code_state, machine, versions
@@ -34,10 +35,11 @@ class Reproduced:
     """What became of it.
 
     Attributes:
-        verdict: ``bitwise``; ``within tolerance``; ``differs``; ``inputs changed``: not run again at all.
-        inputs: what is no longer what the run was made of: data by fingerprint, code, versions, machine.
+        verdict: ``bitwise``; ``same as logged``: there are no weights to compare; ``within tolerance``; ``differs``;
+            ``inputs changed``: not run again at all.
+        inputs: what is no longer what the run was made of: data by fingerprint, code, versions, machine, ranks.
         compared: weights and logs, each whether the same; empty where it was not run again.
-        largest: relative difference of a loss at any step; None where nothing was compared.
+        largest: relative difference of a loss at any step or at the end; None where no loss was compared.
         folder: the new run's; None where there is none.
     """
 
@@ -52,7 +54,8 @@ def reproduce(run: RunRecord) -> Reproduced:
     """Run ``run`` again, unless its data has changed, and compare weights and logs.
 
     Raises:
-        ConfigError: the run did not complete, or was changed on its way, so that no one configuration makes it.
+        ConfigError: the run did not complete, or was changed on its way, so that no one configuration makes it; or
+            it left nothing to compare with.
         FtlabError: the new run failed.
     """
     config = _config(run)
@@ -67,15 +70,18 @@ def reproduce(run: RunRecord) -> Reproduced:
     if launch(config, own_process=True):
         raise FtlabError(f"the run in {folder} failed; train.log says why")
     again = RunRecord(folder)
-    compared = [
-        *_weights(run, again),
-        compare_lines("metrics.jsonl", run.folder / "metrics.jsonl", folder / "metrics.jsonl"),
-    ]
-    largest = _largest(run, again)
-    verdict = (
-        "bitwise" if all(one.same for one in compared) else "differs" if largest > TOLERANCE else "within tolerance"
+    weights, logged, largest = _weights(run, again), _logged(run, again), _largest(run, again)
+    if all(one.same for one in (*weights, *logged)):
+        verdict = "bitwise" if weights else "same as logged"
+    else:
+        verdict = "within tolerance" if largest is not None and largest <= TOLERANCE else "differs"
+    found = Reproduced(
+        verdict=verdict,
+        inputs=surroundings + facts_changed(run, again),
+        compared=weights + logged,
+        largest=largest,
+        folder=folder,
     )
-    found = Reproduced(verdict=verdict, inputs=surroundings, compared=compared, largest=largest, folder=folder)
     told = {"of": str(run.folder)} | asdict(found) | {"folder": str(folder)}
     replace_file(folder / "reproduce.json", to_json(told, indent=2) + "\n")
     return found
@@ -88,6 +94,8 @@ def _config(run: RunRecord) -> dict[str, Any]:
     if typed:
         problem = f"was changed on its way: {' '.join(typed)}; no one configuration makes it"
         raise ConfigError("RUN", f"{run.folder} {problem}")
+    if not (Checkpoints(run.folder / "checkpoints").complete() or run.final_metrics):
+        raise ConfigError("RUN", f"{run.folder} has neither checkpoints nor metrics: there is nothing to compare")
     if not run.config:
         raise ConfigError("RUN", f"{run.folder} has no config.yaml that can be read")
     config = upgraded(run.config, run.folder)
@@ -142,11 +150,32 @@ def _weights(run: RunRecord, again: RunRecord) -> list[Compared]:
     return [compare_files("weights and optimizer", "rows-", pair), compare_files("random states", "rng-", pair)]
 
 
-def _largest(run: RunRecord, again: RunRecord) -> float:
-    """The largest relative difference of a training loss at a common step."""
+def _logged(run: RunRecord, again: RunRecord) -> list[Compared]:
+    """Of both, what there is: the lines of metrics.jsonl, and the last values in run.json."""
+    found = []
+    if run.metrics or again.metrics:
+        found.append(compare_lines("metrics.jsonl", *(one.folder / "metrics.jsonl" for one in (run, again))))
+    ours, theirs = (untimed(one.final_metrics) for one in (run, again))
+    if ours or theirs:
+        differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        told = [f"{key} is {ours.get(key)} and {theirs.get(key)}" for key in differing[:1]]
+        found.append(Compared("final metrics", not differing, told[0] if told else f"{len(ours)} values equal"))
+    return found
+
+
+def _largest(run: RunRecord, again: RunRecord) -> float | None:
+    """The largest relative difference of a training loss at a common step, and of any loss at the end."""
     theirs = dict(again.series("train/loss"))
-    pairs = [(value, theirs.get(step)) for step, value in run.series("train/loss")]
-    return max((abs(a - b) / max(abs(a), 1e-12) for a, b in pairs if a is not None and b is not None), default=0.0)
+    pairs = [(value, theirs[step]) for step, value in run.series("train/loss") if step in theirs]
+    ends = (run.final_metrics, again.final_metrics)
+    pairs += [(ends[0][key], ends[1][key]) for key in ("train/loss", "val/loss") if all(key in end for end in ends)]
+    return max((_apart(*pair) for pair in pairs), default=None)
+
+
+def _apart(one: float | None, other: float | None) -> float:
+    if one == other:
+        return 0.0
+    return math.inf if one is None or other is None else abs(one - other) / max(abs(one), 1e-12)
 
 
 def print_reproduced(run: RunRecord, found: Reproduced) -> None:
@@ -160,11 +189,12 @@ def print_reproduced(run: RunRecord, found: Reproduced) -> None:
         console.print(
             f"  {one.what}: {'the same' if one.same else 'NOT the same'}, {one.detail}", markup=False, soft_wrap=True
         )
-    if found.folder is not None and found.verdict != "bitwise":
+    if found.folder is not None and found.verdict not in ("bitwise", "same as logged"):
         for parting in diff(run, RunRecord(found.folder)).partings:
             console.print(
                 f"  {parting.metric} differs first at step {parting.step}: {parting.before} and {parting.after}"
             )
-        console.print(f"  a training loss differs by {found.largest:.1e} of it at most (tolerance {TOLERANCE:g})")
+        if found.largest is not None:
+            console.print(f"  a loss differs by {found.largest:.1e} of it at most (tolerance {TOLERANCE:g})")
     where = f"   ({shortest(found.folder)})" if found.folder is not None else "   (not run again)"
     console.print(f"[bold]{found.verdict}[/]{where}", soft_wrap=True)

@@ -16,8 +16,9 @@ from rich.table import Table
 from ftlab.config.check import compose_config
 from ftlab.config.resolvers import claim_folder, fresh_folder
 from ftlab.config.resume import resumed_config
-from ftlab.errors import FtlabError
+from ftlab.errors import ConfigError, FtlabError
 from ftlab.jobs import launch
+from ftlab.lab.runs import RunRecord
 from ftlab.loggers.base import RunInfo
 from ftlab.outputs.files import shortest, to_json
 from ftlab.storage.addresses import told
@@ -65,9 +66,14 @@ def verify_resume(overrides: Sequence[str], n_steps: int) -> tuple[list[Compared
         What was compared, and the folder with both runs and ``verify_resume.json``.
 
     Raises:
-        FtlabError: when a run that should have ended well did not; it has said why.
+        ConfigError: fewer than two steps have no middle to be killed in.
+        FtlabError: when a run that should have ended well, or by SIGKILL, did not; it has said why.
     """
-    middle = max(1, n_steps // 2)
+    if n_steps < 2:
+        raise ConfigError(
+            "--steps", f"{n_steps} is too few: a checkpoint, and a step after it to be killed in", "--steps 2"
+        )
+    middle = n_steps // 2
     asked = [
         *(f"trainer.max_steps={n_steps}", f"checkpoint.every_steps={middle}", "checkpoint.every_minutes=null"),
         *("checkpoint.at_end=true", "checkpoint.keep_last=1000", "checkpoint.export=false", "logger=[console,jsonl]"),
@@ -82,6 +88,10 @@ def verify_resume(overrides: Sequence[str], n_steps: int) -> tuple[list[Compared
         "kill": {"_target_": f"{KillAtStep.__module__}.{KillAtStep.__qualname__}", "step": middle + 1}
     }
     launch(doomed, own_process=True)
+    ended = RunRecord(killed).error or {}
+    if signal.SIGKILL.name not in ended.get("message", ""):
+        how = ended.get("message") or f"is {RunRecord(killed).status}"
+        raise FtlabError(f"verify-resume: the run in {killed} was to end by SIGKILL in step {middle + 1}, but: {how}")
     resumed, _ = resumed_config([argument("resume", str(killed))], {})
     resumed["logger"].pop("kill")
     _run(resumed)
@@ -108,15 +118,11 @@ def compare_runs(one: Path, other: Path) -> list[Compared]:
         compare_files("weights and optimizer", "rows-", ends),
         compare_files("random states", "rng-", ends),
         _values("data cursor", [state["cursor"] for state in states]),
-        _values("counts", [_untimed(state["progress"]) for state in states]),
+        _values("counts", [{**state["progress"], "train_s": None} for state in states]),
         _values("learning rate", [state["scheduler"] for state in states]),
         _values("loss scale", [state["scaler"] for state in states]),
         *(compare_lines(name, one / name, other / name) for name in ("metrics.jsonl", "samples.jsonl")),
     ]
-
-
-def _untimed(progress: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in progress.items() if key != "train_s"}
 
 
 def compare_files(what: str, prefix: str, ends: Sequence[Found]) -> Compared:
@@ -154,7 +160,12 @@ def compare_lines(name: str, one: Path, other: Path) -> Compared:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(_OF_TIME)} for line in lines]
+    return [untimed(json.loads(line)) for line in lines]
+
+
+def untimed(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that two runs can share: without times and memory."""
+    return {key: value for key, value in metrics.items() if not key.startswith(_OF_TIME)}
 
 
 def print_compared(compared: Sequence[Compared], folder: Path, n_steps: int) -> None:

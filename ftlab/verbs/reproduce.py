@@ -18,4 +18,4 @@ def run(arguments: Namespace) -> int:
     run = open_run(arguments.run)
     found = reproduce(run)
     print_reproduced(run, found)
-    return 0 if found.verdict in ("bitwise", "within tolerance") else 1
+    return 0 if found.verdict in ("bitwise", "same as logged", "within tolerance") else 1

@@ -479,6 +479,21 @@ def test_verify_resume_finds_no_difference(
     assert {one["what"] for one in told["compared"]} >= {"weights and optimizer", "random states", "metrics.jsonl"}
 
 
+@pytest.mark.parametrize("steps", ["-3", "0", "1"])
+def test_verify_resume_needs_a_step_to_be_killed_in(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ftlab(["verify-resume", f"--steps={steps}"]) == 2
+    assert f"--steps: {steps} is too few" in capsys.readouterr().err
+
+
+def test_verify_resume_says_when_nothing_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ftlab.lab.resume.launch", lambda config, own_process: 0)
+    assert ftlab(["verify-resume", "--steps", "2"]) == 1
+    assert "was to end by SIGKILL in step 2, but: is unknown" in capsys.readouterr().err
+
+
 def test_verify_resume_would_find_one(straight: FinishedRun, run: FinishedRun) -> None:
     from ftlab.lab.resume import compare_runs
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from ftlab.cli import main as ftlab
+from ftlab.config.check import compose_config
 from ftlab.errors import ConfigError
 from ftlab.jobs import launch
 from ftlab.lab import reproduce as reproducing
@@ -16,6 +17,8 @@ from ftlab.lab.diff import diff, open_run
 from ftlab.lab.listing import select
 from ftlab.lab.reproduce import reproduce
 from ftlab.lab.runs import RunRecord
+from tests.cli.conftest import SMALL
+from tests.lab.folders import make_run
 
 QUICK = ("trainer.max_steps=4", "evaluation.at_start=false", "evaluation.n_samples=0", "checkpoint.export=false")
 
@@ -84,6 +87,99 @@ def test_changed_rows_are_told_by_their_fingerprint(tiny_run, tmp_path):
     assert [change for change in found.settings if change.decides] == []
 
 
+# ---- what a folder tells of where and how a run ran
+
+HERE = {
+    "data_fingerprint": "abc",
+    "code": {"commit": "c1", "dirty": False},
+    "versions": {"torch": "2.12"},
+    "hardware": {"cpu": "x"},
+    "device": "CPU, 1 threads",
+    "global_batch_size": 8,
+}
+SESSION = {"step": 5, "ranks": 1, **{part: HERE[part] for part in ("code", "versions", "hardware")}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "part", "keys"),
+    [
+        ({}, {}, "environment", []),
+        (
+            {},
+            {"device": "CPU, 1 threads × 2", "global_batch_size": 16},
+            "environment",
+            ["device", "global_batch_size"],
+        ),
+        ({"device": None}, {}, "environment", []),  # of a version that did not note it
+        ({"n_train_samples": 40}, {"n_train_samples": 39}, "inputs", ["n_train_samples"]),
+        ({"resumed": [SESSION]}, {"resumed": [SESSION | {"ranks": 2}]}, "environment", ["resumed[0].ranks"]),
+        ({}, {"resumed": [SESSION | {"ranks": 2}]}, "environment", []),  # the first session's are not known
+        ({}, {"resumed": [SESSION]}, "environment", []),
+        (
+            {"resumed": [SESSION]},
+            {"resumed": [SESSION, SESSION | {"versions": {"torch": "2.13"}}]},
+            "environment",
+            ["resumed[1].versions.torch"],
+        ),
+        (
+            {"resumed": [SESSION]},
+            {"resumed": [SESSION | {"code": {"commit": "c2", "dirty": False}}]},
+            "code",
+            ["resumed[0].code.commit"],
+        ),
+        (
+            {"versions": {"torch": "2.11"}, "resumed": [SESSION | {"versions": {"torch": "2.11"}}]},
+            {"resumed": [SESSION]},
+            "environment",
+            ["versions.torch"],  # once, not for every session
+        ),
+    ],
+)
+def test_where_and_how_each_session_ran_is_compared(before, after, part, keys, tmp_path):
+    folders = [make_run(tmp_path / name, **(HERE | record)) for name, record in (("a", before), ("b", after))]
+    found = diff(*map(RunRecord, folders))
+    assert [change.key for change in getattr(found, part)] == keys
+    assert found.same == (not keys)
+
+
+def test_uncommitted_changes_are_not_known_to_be_equal(tmp_path, capsys):
+    for name in "ab":
+        make_run(tmp_path / name, **(HERE | {"code": {"commit": "c1", "dirty": True}}))
+    assert ftlab(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "uncommitted changes, which are not known to be equal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        (
+            ("a/config.yaml", "b/config.yaml", "a/run.json", "b/run.json"),
+            ("config.yaml in A and B", "fingerprints in A and B"),
+        ),
+        (("b/config.yaml",), ("settings  not known: no config.yaml in B",)),
+        (("a/run.json",), ("inputs  not known: no fingerprints in A",)),
+    ],
+)
+def test_what_cannot_be_read_is_not_the_same(gone, words, tmp_path, capsys):
+    for name in "ab":
+        make_run(tmp_path / name, **HERE)
+    for file in gone:
+        (tmp_path / file).write_text("")
+    assert ftlab(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    said = capsys.readouterr().out
+    assert all(part in said for part in words)
+    assert "evaluation.metric" not in said
+
+
+def test_numbers_that_are_not_finite_are_told_in_words(tmp_path, capsys):
+    for name, value in (("a", "nan"), ("b", "inf")):
+        line = {"step": 1, "train/loss": None, "train/lr": 0.1, "non_finite": {"train/loss": value}}
+        make_run(tmp_path / name, metrics=[line], **HERE)
+    assert ftlab(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "train/loss" in line]
+    assert row.split() == ["train/loss", "1", "nan", "inf"]
+
+
 def test_diff_says_what_is_no_run(tmp_path, capsys):
     assert ftlab(["diff", str(tmp_path), str(tmp_path)]) == 2
     assert "no run's folder" in capsys.readouterr().err
@@ -112,7 +208,12 @@ def test_an_unchanged_run_is_bitwise_the_same(on_rows, here, capsys):
     assert "bitwise" in capsys.readouterr().out.splitlines()[-1]
     [again] = here.glob("outputs/*/*_reproduced*/reproduce.json")
     told = json.loads(again.read_text())
-    assert [one["what"] for one in told["compared"]] == ["weights and optimizer", "random states", "metrics.jsonl"]
+    assert [one["what"] for one in told["compared"]] == [
+        "weights and optimizer",
+        "random states",
+        "metrics.jsonl",
+        "final metrics",
+    ]
     assert all(one["same"] for one in told["compared"])
 
 
@@ -134,6 +235,38 @@ def test_a_run_that_does_not_come_out_the_same_is_judged_by_its_losses(on_rows, 
     found = reproduce(RunRecord(on_rows))
     assert found.verdict == verdict
     assert [one.what for one in found.compared if not one.same] == ["metrics.jsonl"]
+
+
+BARE = (*QUICK, "checkpoint.at_end=false", "checkpoint.every_epoch=false", "logger=[console]")
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "exit_code"),
+    [({}, "same as logged", 0), ({"lr": 0.5}, "differs", 1)],
+)
+def test_without_weights_it_is_judged_by_what_was_logged(change, verdict, exit_code, here, capsys):
+    folder = here / "run"
+    assert launch(compose_config([*SMALL, *BARE], output_dir=folder), own_process=False) == 0
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["optimizer"] |= change
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    assert ftlab(["reproduce", str(folder)]) == exit_code
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith(verdict)
+    assert "metrics.jsonl" not in said
+
+
+def test_a_run_that_left_nothing_to_compare_is_refused(here, capsys):
+    assert ftlab(["reproduce", str(make_run(here / "bare"))]) == 2
+    assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_another_number_of_ranks_is_named(on_rows, here):
+    record = json.loads((on_rows / "run.json").read_text()) | {"device": "CPU × 2", "global_batch_size": 16}
+    (on_rows / "run.json").write_text(json.dumps(record))
+    named = {one.key: one.before for one in reproduce(RunRecord(on_rows)).inputs}
+    assert (named["device"], named["global_batch_size"]) == ("CPU × 2", 16)
 
 
 def test_other_code_or_versions_are_named(on_rows, here):

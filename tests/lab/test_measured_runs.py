@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from ftlab.cli import main
+from ftlab.config.build import build
+from ftlab.config.check import compose_config
+from ftlab.config.resume import overlaid
 from ftlab.errors import ConfigError, ConfigErrors
-from ftlab.lab.evaluate import evaluate, evaluate_tasks, runs_and_overrides
+from ftlab.lab.evaluate import MAY_CHANGE, evaluate, evaluate_tasks, runs_and_overrides
 from ftlab.lab.runs import RunRecord
 from ftlab.lab.summary import summarise
 from tests.conftest import ROOT
@@ -71,7 +74,6 @@ def test_other_rows_and_worked_answers_are_measured_as_transformers_does(run, tm
     assert found["scores"]["perplexity"] == pytest.approx(math.exp(found["scores"]["loss"]))
 
     from ftlab.assembly.data import read_data
-    from ftlab.config.resume import overlaid
     from ftlab.lab.trained import open_trained
 
     trained = open_trained(str(run))
@@ -104,6 +106,39 @@ def test_what_the_run_settled_cannot_be_changed_and_the_error_says_what_can(run)
         evaluate([str(run)], ["optimizer.lr=1"])
     with pytest.raises(ConfigErrors, match=r"did you mean evaluation\.max_batches"):
         evaluate([str(run)], ["evaluation.max_batch=1"])
+
+
+MIXED = ["dataset=mixture"]
+LIMITED = ["dataset.max_samples=40", "dataset.val_fraction=0.25"]
+
+
+@pytest.mark.parametrize(
+    ("run_with", "noted", "typed", "expected"),
+    [
+        (LIMITED, LIMITED, "dataset.val_fraction=0.5", {"max_samples": 40, "val_fraction": 0.5}),
+        (LIMITED, LIMITED, "dataset=tiny", {"source": "tiny", "max_samples": 40, "val_fraction": 0.25}),
+        # Of the default composition these are no difference, of the run they are.
+        (LIMITED, None, "dataset=tiny", {"source": "tiny", "max_samples": None, "val_fraction": None}),
+        (LIMITED, None, "dataset.max_samples=null", {"max_samples": None, "val_fraction": 0.25}),
+        (["dataset=gsm8k"], ["dataset=lost_since"], "dataset=tiny", {"source": "tiny", "subset": None}),
+        (MIXED, MIXED, "dataset=tiny", {"source": "tiny", "sets": None, "weights": None}),
+        ([], [], "dataset=mixture", {"source": "mixture", "weights": {"a": 3.0, "b": 1.0}, "template": None}),
+    ],
+)
+def test_an_override_is_laid_over_what_the_run_holds(run_with, noted, typed, expected, tmp_path):
+    if noted is not None:
+        (tmp_path / ".hydra").mkdir()
+        (tmp_path / ".hydra" / "overrides.yaml").write_text(json.dumps(noted))
+    config = compose_config(run_with)  # with the default loggers: W&B's tags follow the dataset
+    dataset = overlaid(config, [typed], tmp_path, MAY_CHANGE)["dataset"]
+    assert {key: dataset.get(key) for key in expected} == expected
+    assert build(dataset)
+
+
+@pytest.mark.parametrize("typed", ["logger=[console]", "run_name=other", "model.dim=64"])
+def test_what_the_run_is_called_and_who_hears_of_it_cannot_be_typed(typed, tmp_path):
+    with pytest.raises(ConfigErrors, match="was settled by the run"):
+        overlaid(compose_config(), [typed], tmp_path, MAY_CHANGE)
 
 
 def test_folders_with_an_equals_sign_are_runs(tmp_path, monkeypatch):
