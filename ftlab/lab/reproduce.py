@@ -18,8 +18,8 @@ from ftlab.config.targets import misfits
 from ftlab.data.tokenizers import Tokenizer
 from ftlab.errors import ConfigError, ConfigErrors, FtlabError
 from ftlab.jobs import launch
+from ftlab.lab.compared import Compared, compare_files, compare_lines, untimed
 from ftlab.lab.diff import Change, diff, facts_changed, fingerprints, fingerprints_in
-from ftlab.lab.resume import Compared, compare_files, compare_lines, untimed
 from ftlab.lab.runs import RunRecord
 from ftlab.models.hub import resolve_checkpoint
 from ftlab.outputs.environment import code_state, machine, versions

@@ -15,7 +15,7 @@ def declare(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    from ftlab.lab.verify import print_deviations, verify_parallel
+    from ftlab.lab.verify_parallel import print_deviations, verify_parallel
 
     deviations, tolerance = verify_parallel(arguments.overrides, arguments.steps)
     print_deviations(deviations, tolerance, arguments.steps)

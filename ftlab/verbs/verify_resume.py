@@ -15,7 +15,7 @@ def declare(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    from ftlab.lab.resume import print_compared, verify_resume
+    from ftlab.lab.verify_resume import print_compared, verify_resume
 
     compared, folder = verify_resume(arguments.overrides, arguments.steps)
     print_compared(compared, folder, arguments.steps)

@@ -489,13 +489,13 @@ def test_verify_resume_says_when_nothing_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ftlab.lab.resume.launch", lambda config, own_process: 0)
+    monkeypatch.setattr("ftlab.lab.verify_resume.launch", lambda config, own_process: 0)
     assert ftlab(["verify-resume", "--steps", "2"]) == 1
     assert "was to end by SIGKILL in step 2, but: is unknown" in capsys.readouterr().err
 
 
 def test_verify_resume_would_find_one(straight: FinishedRun, run: FinishedRun) -> None:
-    from ftlab.lab.resume import compare_runs
+    from ftlab.lab.verify_resume import compare_runs
 
     lines = (run.folder / "metrics.jsonl").read_text().replace('"train/loss": 6', '"train/loss": 7')
     (run.folder / "metrics.jsonl").write_text(lines)
