@@ -86,7 +86,8 @@ class WSD(Constant):
     decay_ratio: float
 
     def after_warmup(self, progress: float) -> float:
-        decay_share = self.decay_ratio * self.total_steps / max(1, self.total_steps - self.n_warmup)
+        # Of what follows the warm-up, which may be less than is to decay.
+        decay_share = min(1.0, self.decay_ratio * self.total_steps / max(1, self.total_steps - self.n_warmup))
         if decay_share <= 0:
             return 1.0
         decayed = max(0.0, (min(progress, 1.0) - (1 - decay_share)) / decay_share)

@@ -145,7 +145,7 @@ class StepGuard:
         """
         if self._optimizer.defaults.get("fused") and not on_host:
             # Weights that are kept on the host are updated there; torch would send the flag without waiting for it.
-            where = self._optimizer.param_groups[0]["params"][0].device
+            where = next(p.device for group in self._optimizer.param_groups for p in group["params"])
             self._optimizer.found_inf = (~good).float().to(where)  # type: ignore[attr-defined]
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]
             self._optimizer.step()

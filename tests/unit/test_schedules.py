@@ -60,6 +60,11 @@ def test_every_schedule_stays_between_zero_and_the_peak_and_never_rises_after_wa
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(after))
 
 
+def test_wsd_begins_to_decay_where_a_long_warmup_ends():
+    schedule = WSD(total_steps=10, warmup_steps=8, warmup_ratio=None, min_lr_ratio=0.0, decay_ratio=0.4)
+    assert factors(schedule)[7:] == [1.0, 1.0, 0.5]
+
+
 def test_a_warmup_longer_than_the_run_names_both_numbers():
     with pytest.raises(ConfigError, match=r"scheduler\.warmup_steps: 11 is more than the run's 10"):
         Constant(total_steps=10, warmup_steps=11, warmup_ratio=None)
