@@ -151,17 +151,17 @@ def _start(config: Config, settings: Workers, n_local: int) -> int:
     leading = leads(settings.nnodes, settings.rdzv_endpoint)
     if leading:
         config = with_seed(config)
-    path = Path(config["paths"]["output_dir"])
+    folder = Path(config["paths"]["output_dir"]) if leading else None  # of another machine the leader's is used
     scratch = Path(tempfile.mkdtemp(prefix="ftlab-"))
     try:
-        with lent(path) if leading else nullcontext():
+        with nullcontext() if folder is None else lent(folder):
             failed = start_workers(settings, n_local, scratch, _work, config, scratch, leading)
             if not failed:
                 return 0
             failure = first_failure(scratch, settings, n_local, failed)
-            if leading and (folder := RunFolder.of_a_lost_process(path)) is not None:
+            if folder is not None and (lost := RunFolder.of_a_lost_process(folder)) is not None:
                 print(failure.message, file=sys.stderr)  # no worker lived to tell
-                folder.finish("preempted" if failure.interrupted else "failed", error=RankError(failure))
+                lost.finish("preempted" if failure.interrupted else "failed", error=RankError(failure))
             return failure.exit_code
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

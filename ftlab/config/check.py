@@ -118,7 +118,7 @@ def _misused(flags: Namespace) -> Iterator[ConfigError]:
     if flags.resolve and not (flags.cfg or flags.help):
         yield ConfigError("--resolve", "is for what --cfg shows", "--cfg job --resolve")
     asked = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(flags, flag)]
-    if len(asked) > 1:
+    if len(asked) > 1 and asked != ["multirun", "cfg"]:  # of a sweep, one job's is shown
         yield ConfigError(" ".join(f"--{flag.replace('_', '-')}" for flag in asked), "cannot be had together")
 
 

@@ -479,10 +479,9 @@ def test_verify_resume_finds_no_difference(
     assert {one["what"] for one in told["compared"]} >= {"weights and optimizer", "random states", "metrics.jsonl"}
 
 
-@pytest.mark.parametrize("steps", ["-3", "0", "1"])
-def test_verify_resume_needs_a_step_to_be_killed_in(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ftlab(["verify-resume", f"--steps={steps}"]) == 2
-    assert f"--steps: {steps} is too few" in capsys.readouterr().err
+def test_verify_resume_needs_a_step_to_be_killed_in(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ftlab(["verify-resume", "--steps=1"]) == 2
+    assert "--steps: 1 is too few" in capsys.readouterr().err
 
 
 def test_verify_resume_says_when_nothing_was_killed(

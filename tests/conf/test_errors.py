@@ -141,7 +141,7 @@ WRONG = {
     "missing weights": (["model.checkpoint=./no_such_folder"], ["model.checkpoint", "no_such_folder"]),
     "split of files": (
         ["dataset=instruct", "dataset.source=jsonl", "dataset.data_files=x", "dataset.split='train[:10%]'"],
-        ["dataset.split: \"'train[:10%]'\" would not be read", "split=train dataset.max_samples=1000"],
+        ["dataset.split: 'train[:10%]' would not be read", "split=train dataset.max_samples=1000"],
     ),
     "commit of the embedded set": (["dataset.revision=abc"], ["dataset.revision: abc would not be read"]),
     "validation rows and a share": (
