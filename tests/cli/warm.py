@@ -1,6 +1,6 @@
 """``python train.py …`` and ``python -m ftlab …`` in a moment: each command is forked from a process that is warm.
 
-Warm: torch and all of ftlab are imported there, nothing has been run. The forked process is the command's from its
+Warm: all of torch and of ftlab is imported there, nothing has been run. The forked process is the command's from its
 arguments to its exit code, in its own folder, environment and process group, with the real stdout and stderr.
 
     python [-O] -m tests.cli.warm     serves JSON lines: {"argv", "cwd", "env", "out", "timeout_s", "starts"}
@@ -24,7 +24,10 @@ from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 _LOADED_LATE = "datasets, torch._dynamo, torch._prims_common.wrappers"  # by some commands
-_IMPORTED = ("ftlab.jobs", "ftlab.config.check", "ftlab.cli", "ftlab.lab.plan", "hydra", "sentencepiece", "tokenizers")
+_IMPORTED = (
+    *("ftlab.jobs", "ftlab.config.check", "ftlab.cli", "ftlab.lab.plan", "hydra", "sentencepiece", "tokenizers"),
+    "torch._dynamo",  # which torch itself imports with the first optimizer
+)
 
 
 @dataclass(frozen=True)
