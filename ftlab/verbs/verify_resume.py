@@ -10,7 +10,8 @@ HELP = "whether a killed and resumed run ends as one that was not"
 
 
 def declare(parser: ArgumentParser) -> None:
-    parser.add_argument("--steps", type=whole(1), default=10, metavar="N", help="optimizer steps to train (default 10)")
+    # A checkpoint, and a step after it to be killed in.
+    parser.add_argument("--steps", type=whole(2), default=10, metavar="N", help="optimizer steps to train (default 10)")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
 
 

@@ -479,11 +479,6 @@ def test_verify_resume_finds_no_difference(
     assert {one["what"] for one in told["compared"]} >= {"weights and optimizer", "random states", "metrics.jsonl"}
 
 
-def test_verify_resume_needs_a_step_to_be_killed_in(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ftlab(["verify-resume", "--steps=1"]) == 2
-    assert "--steps: 1 is too few" in capsys.readouterr().err
-
-
 def test_verify_resume_says_when_nothing_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

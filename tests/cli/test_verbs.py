@@ -72,7 +72,7 @@ def test_options_may_stand_anywhere(typed, taken, monkeypatch):
         ("generate a hi --temperature -1", "--temperature: must be at least 0, got -1"),
         ("generate a hi --top-p 1.5", "--top-p: must be above 0 and at most 1, got 1.5"),
         (f"generate a hi --seed {2**63}", "--seed: must be below 2**63"),
-        ("verify-resume --steps 0", "--steps: must be at least 1, got 0"),
+        ("verify-resume --steps 1", "--steps: must be at least 2, got 1"),
     ],
 )
 def test_a_number_that_cannot_be_is_refused_in_words(typed, says, capsys):
