@@ -48,7 +48,10 @@ class KillAtStep:
 
 
 def verify_resume(overrides: Sequence[str], n_steps: int) -> tuple[list[Compared], Path]:
-    """Train ``n_steps`` steps (at least 2) straight, and again with a SIGKILL after the checkpoint in the middle and a resume.
+    """Train ``n_steps`` steps straight, and once more with a SIGKILL after the checkpoint in the middle and a resume.
+
+    Args:
+        n_steps: at least 2: one with a checkpoint, and one after it to be killed in.
 
     Returns:
         What was compared, and the folder with both runs and ``verify_resume.json``.
