@@ -87,10 +87,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None) -> Tensor:
         """x: (B, T, dim) -> (B, T, dim); with a cache, x holds the T positions after those cached."""
         per_head = (*x.shape[:2], -1, self.head_dim)
+        q = rotation(self.q_norm(self.q_proj(x).view(per_head))).transpose(1, 2)
+        k = rotation(self.k_norm(self.k_proj(x).view(per_head))).transpose(1, 2)
         v = self.v_proj(x).view(per_head).transpose(1, 2)
         # CUDA's autocast takes norms to float32, and attention has no kernel for float32 queries beside 16-bit values.
-        q = rotation(self.q_norm(self.q_proj(x).view(per_head))).transpose(1, 2).to(v.dtype)
-        k = rotation(self.k_norm(self.k_proj(x).view(per_head))).transpose(1, 2).to(v.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.append(k, v)
         return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
