@@ -24,16 +24,16 @@ from ftlab.data.cache import cached, clear_leased, key_of
 from ftlab.data.encode import Encoder
 from ftlab.data.files import FILE_FORMATS
 from ftlab.data.formats import Format
-from ftlab.data.gate import Part, find, repeated, stop_or_tell
+from ftlab.data.gate import Part, find, refuse_absent, refuse_empty, refuse_too_long, repeated, stop_or_tell
 from ftlab.data.packing import Packing, Plan, plan_packs
 from ftlab.data.problems import Problem, check_allowed
-from ftlab.data.report import report_on
+from ftlab.data.report import report_on, told_of_length
 from ftlab.data.samples import Packs, Samples
 from ftlab.data.shorten import TooLong
 from ftlab.data.show import N_EXAMPLES, examples
 from ftlab.data.sources import Source, open_source
 from ftlab.data.split import draw_validation
-from ftlab.data.store import Mark, Store
+from ftlab.data.store import Store
 from ftlab.data.stream import Stream, while_wanted
 from ftlab.data.templates import Template
 from ftlab.data.tokenise import Recipe
@@ -99,12 +99,12 @@ class Dataset(TrainingData):
         for store in stores.values():
             if store.facts["rows_read"] == 0:
                 raise DataError(f"dataset: source={self.source} data_files={self.data_files} holds no rows")
-        self._refuse_absent(stores["train"])
+        refuse_absent(stores["train"])
         self.parts = self._parts(stores)
         self.n_rows = stores["train"].facts["rows_read"]
         samples = {part.name: self._samples(part) for part in self.parts}
         for part in self.parts:
-            self._refuse_empty(part)
+            refuse_empty(part, self.seq_len)
         self.validation = samples.get("validation")
         rows = samples["train"] if self.packing == "none" else self._packed(samples["train"])
         self.train = rows if windows is None else self._stream(windows, rows)
@@ -216,7 +216,8 @@ class Dataset(TrainingData):
 
     def _samples(self, part: Part) -> Samples:
         """Raises: DataError: for a row that is too long under ``too_long=error``."""
-        self._refuse_too_long(part)
+        if self.too_long == "error" and not self.inspecting:
+            refuse_too_long(part, self.seq_len)
         picks = np.flatnonzero(part.rows[part.store.sample_rows])
         return Samples(part.store, picks, self.tokenizer, self.first_id)
 
@@ -230,40 +231,6 @@ class Dataset(TrainingData):
         folder = cached(self.cache_dir, "packs", key, write)
         plan = Plan(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in Plan._fields))
         return Packs(samples, plan, self.seq_len)
-
-    def _refuse_too_long(self, part: Part) -> None:
-        """Raise DataError if a row is too long under ``too_long=error``."""
-        n, lengths = part.count(Mark.TOO_LONG), part.store.row_tokens[part.rows]
-        if n and self.too_long == "error" and not self.inspecting:
-            longest = int(lengths.max())
-            row = int(part.store.row_numbers[part.rows][np.argmax(lengths)])
-            raise DataError(
-                f"dataset.too_long: {n} of {len(lengths)} {part.name} rows have more than seq_len={self.seq_len} "
-                f"tokens, the longest {longest} (row {row}), and too_long=error\n"
-                f"  try: seq_len={longest}, or dataset.too_long=truncate"
-            )
-
-    def _refuse_absent(self, store: Store) -> None:
-        """Raise ConfigError if a field is mapped to a column that no row has."""
-        absent, found = store.facts["absent"]["columns"], store.facts["absent"]["found"]
-        if absent and found is not None:
-            name, column = next(iter(absent.items()))
-            rows = f"none of the {store.facts['rows_read']} rows read has a column {column!r}"
-            problem = f"{rows}; those of the first are {', '.join(found)}"
-            raise ConfigError(f"dataset.column_map.{name}", problem, f"dataset.column_map.{name}=null")
-
-    def _refuse_empty(self, part: Part) -> None:
-        """Raise DataError if no row is left."""
-        report = report_on(part)
-        longest = report["max_row_tokens"]
-        rows = f"{report['rows']} {part.name} rows"
-        if not report["samples"]:
-            raise DataError(
-                f"dataset: none of {rows} is left: {report['dropped_too_long_rows']} dropped as longer than "
-                f"seq_len={self.seq_len}, {report['dropped_without_answer_rows']} dropped because truncation left "
-                f"nothing of their answer, {report['all_masked_rows']} without a trained token\n"
-                f"  try: seq_len={longest}"
-            )
 
     # ---- what is said about it
 
@@ -305,27 +272,15 @@ class Dataset(TrainingData):
             "findings": [vars(finding) | {"rows": finding.rows[:100]} for finding in self.findings],
             "train": parts["train"],
             "validation": parts.get("validation"),
-            "warnings": [line for name, part in parts.items() for line in self._warnings(name, part)],
+            "warnings": [
+                line for name, part in parts.items() for line in told_of_length(name, part, self.too_long, self.seq_len)
+            ],
             "fingerprints": {
                 "rows": hashlib.sha256(digests.tobytes()).hexdigest(),
                 "tokenizer": self.tokenizer.fingerprint,
                 "dataset": hashlib.sha256(fingerprints.encode()).hexdigest(),
             },
         }
-
-    def _warnings(self, name: str, report: dict[str, Any]) -> list[str]:
-        """What ``too_long`` did; everything else is the gate's to say."""
-        fate = {
-            "truncate": "cut, their EOS too",
-            "truncate_keep_eos": "cut, the EOS put back where an answer was cut",
-            "truncate_left": "cut at their start",
-            "split": "split into several samples",
-        }.get(self.too_long, "dropped")
-        told = {
-            "too_long_rows": f"longer than seq_len={self.seq_len} tokens (longest {report['max_row_tokens']}): {fate}",
-            "dropped_without_answer_rows": "dropped, because cutting left nothing of their answer",
-        }
-        return [f"{report[key]} of {report['rows']} {name} rows {what}" for key, what in told.items() if report[key]]
 
     def _check_values(self) -> None:
         for name, kind in (("too_long", TooLong), ("packing", Packing)):

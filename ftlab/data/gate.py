@@ -8,12 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from ftlab.data.problems import BLOCKING, KINDS, Problem
-from ftlab.data.report import Part
-from ftlab.data.store import Mark
+from ftlab.data.report import Part, report_on
+from ftlab.data.store import Mark, Store
 from ftlab.data.tokenizers import Tokenizer
-from ftlab.errors import DataError
+from ftlab.errors import ConfigError, DataError
 
-__all__ = ["Finding", "Part", "find", "on_both_sides", "stop_or_tell"]
+__all__ = [
+    "Finding",
+    "Part",
+    "find",
+    "on_both_sides",
+    "refuse_absent",
+    "refuse_empty",
+    "refuse_too_long",
+    "repeated",
+    "stop_or_tell",
+]
 
 _SHOWN_ROWS = 10
 _TOLD_OTHERWISE = ("pad_is_eos", "too_long", "eos_cut")  # a note, and what Dataset says with the policy's name
@@ -92,6 +102,41 @@ def stop_or_tell(findings: Sequence[Finding], allow: Sequence[str]) -> list[str]
         allowed = ",".join([*allow, *kinds])
         raise DataError(f"{first}{more}\n  try: python -m ftlab check-data, or dataset.allow=[{allowed}]")
     return [str(finding) for finding in findings if finding.kind not in _TOLD_OTHERWISE]
+
+
+def refuse_absent(store: Store) -> None:
+    """Raise ConfigError if a field is mapped to a column that no row has."""
+    absent, found = store.facts["absent"]["columns"], store.facts["absent"]["found"]
+    if absent and found is not None:
+        name, column = next(iter(absent.items()))
+        rows = f"none of the {store.facts['rows_read']} rows read has a column {column!r}"
+        problem = f"{rows}; those of the first are {', '.join(found)}"
+        raise ConfigError(f"dataset.column_map.{name}", problem, f"dataset.column_map.{name}=null")
+
+
+def refuse_too_long(part: Part, seq_len: int) -> None:
+    """Raise DataError if a row has more than ``seq_len`` tokens, as ``too_long=error`` wants."""
+    lengths = part.store.row_tokens[part.rows]
+    if n := part.count(Mark.TOO_LONG):
+        longest = int(lengths.max())
+        row = int(part.store.row_numbers[part.rows][np.argmax(lengths)])
+        raise DataError(
+            f"dataset.too_long: {n} of {len(lengths)} {part.name} rows have more than seq_len={seq_len} "
+            f"tokens, the longest {longest} (row {row}), and too_long=error\n"
+            f"  try: seq_len={longest}, or dataset.too_long=truncate"
+        )
+
+
+def refuse_empty(part: Part, seq_len: int) -> None:
+    """Raise DataError if none of the rows became a sample."""
+    report = report_on(part)
+    if not report["samples"]:
+        raise DataError(
+            f"dataset: none of {report['rows']} {part.name} rows is left: {report['dropped_too_long_rows']} dropped "
+            f"as longer than seq_len={seq_len}, {report['dropped_without_answer_rows']} dropped because truncation "
+            f"left nothing of their answer, {report['all_masked_rows']} without a trained token\n"
+            f"  try: seq_len={report['max_row_tokens']}"
+        )
 
 
 def _finding(kind: str, part: Part, rows: list[int]) -> Iterator[Finding]:

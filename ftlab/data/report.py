@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ftlab.data.shorten import TooLong
 from ftlab.data.store import Mark, Store
 
 _BINS = 20
@@ -51,3 +53,18 @@ def report_on(part: Part) -> dict[str, Any]:
         "empty_output_rows": part.count(Mark.EMPTY),
         "merged_boundary_rows": part.count(Mark.MERGED),
     }
+
+
+def told_of_length(name: str, report: Mapping[str, Any], too_long: TooLong, seq_len: int) -> list[str]:
+    """What ``too_long`` did to the rows of a part, by its report; everything else is the gate's to say."""
+    fate = {
+        "truncate": "cut, their EOS too",
+        "truncate_keep_eos": "cut, the EOS put back where an answer was cut",
+        "truncate_left": "cut at their start",
+        "split": "split into several samples",
+    }.get(too_long, "dropped")
+    told = {
+        "too_long_rows": f"longer than seq_len={seq_len} tokens (longest {report['max_row_tokens']}): {fate}",
+        "dropped_without_answer_rows": "dropped, because cutting left nothing of their answer",
+    }
+    return [f"{report[key]} of {report['rows']} {name} rows {what}" for key, what in told.items() if report[key]]

@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from ftlab.config.layers import leaves
 from ftlab.errors import ConfigError
 from ftlab.lab.runs import RunRecord, differing, is_run
 from ftlab.outputs.environment import commits_between
-from ftlab.outputs.files import shortest
 
 # What a run leaves behind, shows or is called; none of it reaches the weights.
 _NO_EFFECT = (
@@ -39,7 +34,7 @@ _ORDER = (
 )
 _NOT_COMPARED = ("perf/", "memory/", "time/")  # metrics that no two runs share
 _NO_METRIC = ("step", "epoch", "non_finite")
-_SHOWN = 12  # samples of a step, commits
+_COMMITS = 12  # that are told
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,7 @@ def diff(first: RunRecord, second: RunRecord) -> Difference:
         runs=runs,
         settings=[] if "settings" in unknown else _settings(first, second),
         code=_changes("code", codes[0], codes[1]) + [change for change in later if ".code." in change.key],
-        commits=commits_between(codes[0].get("commit"), codes[1].get("commit"))[:_SHOWN],
+        commits=commits_between(codes[0].get("commit"), codes[1].get("commit"))[:_COMMITS],
         inputs=_changes("", inputs[0], inputs[1]) + facts_changed(first, second, ("n_train_samples",)),
         environment=[
             *(
@@ -318,71 +313,3 @@ def _samples(run: RunRecord, partings: list[Parting]) -> list[int]:
         return [i for _, ids in sorted(seen_at(run.folder / "ledger", partings[0].step).items()) for i in ids]
     except (OSError, ValueError):
         return []
-
-
-def print_difference(found: Difference) -> None:
-    """For people."""
-    console = Console(highlight=False)
-    names = [str(shortest(run.folder)) for run in found.runs]
-    console.print(f"A  {escape(names[0])}\nB  {escape(names[1])}", soft_wrap=True)
-    decisive = [change for change in found.settings if change.decides]
-    _print(console, "settings", decisive, "the same", found.unknown.get("settings"))
-    _print(console, "without effect on the weights", found.settings[len(decisive) :])
-    _print(console, "code", found.code, unknown=found.unknown.get("code"))
-    for commit in found.commits:
-        console.print(f"    {escape(commit)}", soft_wrap=True)
-    _print(console, "inputs", found.inputs, "the same, by fingerprint", found.unknown.get("inputs"))
-    _print(console, "environment", found.environment)
-    if not found.partings:
-        told = f"equal to the bit at all {found.common_steps} common steps" if found.common_steps else "no common step"
-        console.print(f"\n[bold]metrics[/]  {told}")
-    else:
-        first = found.partings[0]
-        console.print(f"\n[bold]metrics[/]  part at step {first.step}")
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
-        for column in ("metric", "first differs at step", "A", "B"):
-            table.add_column(column, justify="left" if column == "metric" else "right")
-        for one in found.partings:
-            table.add_row(one.metric, str(one.step), _number(one.before), _number(one.after))
-        console.print(table)
-        _print_samples(console, first.step, found.samples, names)
-    _print(console, "at the end", found.ends)
-
-
-def _print_samples(console: Console, step: int, samples: tuple[list[int], list[int]], names: list[str]) -> None:
-    if not any(samples):
-        return
-    if samples[0] == samples[1]:
-        console.print(f"  samples of step {step}, in both: {_listed(samples[0])}", soft_wrap=True)
-    else:
-        for name, ids in zip("AB", samples, strict=True):
-            console.print(f"  samples of step {step} in {name}: {_listed(ids)}", soft_wrap=True)
-    console.print(f"  to read them: ftlab replay {escape(names[0])} --step {step}", soft_wrap=True)
-
-
-def _listed(ids: list[int]) -> str:
-    return ", ".join(map(str, ids[:_SHOWN])) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
-
-
-def _print(
-    console: Console, title: str, changes: list[Change], otherwise: str = "", unknown: str | None = None
-) -> None:
-    told = unknown or ("" if changes else otherwise)
-    if changes or told:
-        console.print(f"\n[bold]{title}[/]  {told}".rstrip(), soft_wrap=True)
-    if changes:
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
-        for change in changes:
-            table.add_row(escape(change.key), escape(_shown(change.before)), "->", escape(_shown(change.after)))
-        console.print(table, soft_wrap=True)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "–"
-    text = _number(value) if isinstance(value, float) else str(value)
-    return text if len(text) <= 60 else text[:59] + "…"
-
-
-def _number(value: float | str | None) -> str:
-    return "not finite" if value is None else value if isinstance(value, str) else f"{value:.8g}"

@@ -15,7 +15,8 @@ def declare(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    from ftlab.lab.diff import diff, open_run, print_difference
+    from ftlab.lab.diff import diff, open_run
+    from ftlab.lab.diff_table import print_difference
 
     found = diff(open_run(arguments.first), open_run(arguments.second))
     if arguments.json:
