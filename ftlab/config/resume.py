@@ -150,7 +150,7 @@ def overlaid(
     Raises:
         ConfigErrors: for overrides that cannot be, and for those of other keys.
     """
-    changed, composition = _changes(config, list(overrides), run, {})
+    changed, composition = _changes(config, list(overrides), run, {}, afresh=True)
     # What only tells of a run, such as W&B's tags, follows an option and is nothing here; typed, it is a mistake.
     typed = {_key(override) for override in overrides}
     changed = {key: value for key, value in changed.items() if not key.startswith(_TELLING) or _within(key, typed)}
@@ -179,12 +179,23 @@ def _lay_over(config: dict[str, Any], now: list[str], run: Path, search: dict[st
 
 
 def _changes(
-    config: dict[str, Any], now: list[str], run: Path, search: dict[str, Any]
+    config: dict[str, Any], now: list[str], run: Path, search: dict[str, Any], *, afresh: bool = False
 ) -> tuple[dict[str, Any], Composition]:
-    """The keys of ``config`` that the overrides ``now`` change and their values, and the composition with them."""
+    """The keys of ``config`` that the overrides ``now`` change and their values, and the composition with them.
+
+    Args:
+        afresh: an option that is chosen now has its own values, but for what is typed now; else those that the run
+            was given for the former one as well, as far as it has such keys.
+    """
     before = _overrides_before(run)
     again = {_key(override) for override in now}
-    composition = compose([*(override for override in before if _key(override) not in again), *now], **search)
+    kept = [text for text in before if _key(text) not in again and not (afresh and _within(_key(text), again))]
+    composition = compose([*kept, *now], **search)
+    # What was typed for an option that another one has taken the place of may have nothing to be said of there.
+    lacking = {problem.key for problem in composition.problems}
+    fitting = [text for text in kept if not (_key(text) in lacking and _within(_key(text), again))]
+    if fitting != kept:
+        composition = compose([*fitting, *now], **search)
     if composition.problems:
         raise ConfigErrors(composition.problems)
     held, with_them, without = dict(leaves(config)), _leaves(composition), _leaves(compose(before, **search))

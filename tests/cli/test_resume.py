@@ -185,6 +185,20 @@ def test_options_and_keys_that_follow_from_one_another_change_together(straight:
     assert (config["trainer"]["max_steps"], config["trainer"]["epochs"]) == (None, 3)
 
 
+def test_what_was_typed_for_an_option_that_is_gone_is_no_mistake_of_now(run: FinishedRun) -> None:
+    typed = run.folder / ".hydra" / "overrides.yaml"
+    typed.write_text(
+        typed.read_text() + "- scheduler.warmup_ratio=0.25\n- scheduler=wsd\n- scheduler.decay_ratio=0.4\n"
+    )
+    config = check_command_line([f"resume={run.folder}", "scheduler=linear", "trainer.max_steps=20"])
+    assert config is not None
+    assert config["scheduler"]["_target_"].endswith("Linear")
+    assert "decay_ratio" not in config["scheduler"]  # linear knows none
+    assert config["scheduler"]["warmup_ratio"] == 0.25  # but this
+    with pytest.raises(ConfigErrors, match=r"scheduler\.decay_ratio: unknown key"):
+        check_command_line([f"resume={run.folder}", "scheduler=linear", "scheduler.decay_ratio=0.4"])
+
+
 @pytest.mark.parametrize(
     "override",
     ["init_from=latest", "init_optimizer=true", "paths.output_dir=new", "hydra.run.dir=new", "resume=latest"],

@@ -110,13 +110,18 @@ def test_what_the_run_settled_cannot_be_changed_and_the_error_says_what_can(run)
 
 MIXED = ["dataset=mixture"]
 LIMITED = ["dataset.max_samples=40", "dataset.val_fraction=0.25"]
+# The second is a key that other sets do not have, the third a column that they do not.
+CLEANED = ["dataset=alpaca", "dataset.use_clean=true", "dataset.column_map.instruction=prompt"]
+GSM8K = {"instruction": "question", "input": None, "output": "answer", "family": None}
 
 
 @pytest.mark.parametrize(
     ("run_with", "noted", "typed", "expected"),
     [
         (LIMITED, LIMITED, "dataset.val_fraction=0.5", {"max_samples": 40, "val_fraction": 0.5}),
-        (LIMITED, LIMITED, "dataset=tiny", {"source": "tiny", "max_samples": 40, "val_fraction": 0.25}),
+        # A set that is chosen is that set, not what the run made of its own.
+        (LIMITED, LIMITED, "dataset=tiny", {"source": "tiny", "max_samples": None, "val_fraction": None}),
+        (CLEANED, CLEANED, "dataset=gsm8k", {"source": "openai/gsm8k", "column_map": GSM8K}),
         # Of the default composition these are no difference, of the run they are.
         (LIMITED, None, "dataset=tiny", {"source": "tiny", "max_samples": None, "val_fraction": None}),
         (LIMITED, None, "dataset.max_samples=null", {"max_samples": None, "val_fraction": 0.25}),
