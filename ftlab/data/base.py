@@ -56,8 +56,8 @@ class TrainingData(ABC):
         return fingerprint
 
     @abstractmethod
-    def allowed(self) -> list[str]:
-        """Kinds of problems that do not stop the run."""
+    def stopped_by(self) -> dict[str, list[Finding]]:
+        """The findings that no run begins with, by the override that would allow them."""
 
     @abstractmethod
     def encoder(self) -> Encoder:

@@ -24,7 +24,18 @@ from ftlab.data.cache import cached, clear_leased, key_of
 from ftlab.data.encode import Encoder
 from ftlab.data.files import FILE_FORMATS
 from ftlab.data.formats import Format
-from ftlab.data.gate import Part, find, refuse_absent, refuse_empty, refuse_too_long, repeated, stop_or_tell
+from ftlab.data.gate import (
+    Finding,
+    Part,
+    allowing,
+    find,
+    refuse_absent,
+    refuse_empty,
+    refuse_too_long,
+    repeated,
+    stop_or_tell,
+    stopping,
+)
 from ftlab.data.packing import Packing, Plan, plan_packs
 from ftlab.data.problems import Problem, check_allowed
 from ftlab.data.report import report_on, told_of_length
@@ -234,9 +245,10 @@ class Dataset(TrainingData):
 
     # ---- what is said about it
 
-    def allowed(self) -> list[str]:
-        """``allow``."""
-        return list(self.allow)
+    def stopped_by(self) -> dict[str, list[Finding]]:
+        """At most one override."""
+        found = stopping(self.findings, self.allow)
+        return {f"dataset.allow={allowing(found, self.allow)}": found} if found else {}
 
     def encoder(self) -> Encoder:
         """What made the samples' tokens."""

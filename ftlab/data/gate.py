@@ -16,6 +16,7 @@ from ftlab.errors import ConfigError, DataError
 __all__ = [
     "Finding",
     "Part",
+    "allowing",
     "find",
     "on_both_sides",
     "refuse_absent",
@@ -23,6 +24,7 @@ __all__ = [
     "refuse_too_long",
     "repeated",
     "stop_or_tell",
+    "stopping",
 ]
 
 _SHOWN_ROWS = 10
@@ -87,20 +89,27 @@ def find(parts: Sequence[Part], problems: Sequence[Problem], tokenizer: Tokenize
     return found
 
 
+def stopping(findings: Sequence[Finding], allow: Sequence[str]) -> list[Finding]:
+    """Those that a run may not begin with."""
+    return [finding for finding in findings if finding.stops and finding.kind not in allow]
+
+
+def allowing(findings: Sequence[Finding], allow: Sequence[str]) -> str:
+    """What ``allow`` has to be for a run to begin with ``findings``, as an override needs it."""
+    return f"[{','.join(dict.fromkeys([*allow, *(finding.kind for finding in findings)]))}]"  # those of before stay
+
+
 def stop_or_tell(findings: Sequence[Finding], allow: Sequence[str]) -> list[str]:
     """The findings as warnings.
 
     Raises:
         DataError: for those that stop a run and are not allowed.
     """
-    stopping = [finding for finding in findings if finding.stops and finding.kind not in allow]
-    if stopping:
-        kinds = list(dict.fromkeys(finding.kind for finding in stopping))
-        first = stopping[0].example or f"dataset: {stopping[0]}"
+    if found := stopping(findings, allow):
+        kinds = list(dict.fromkeys(finding.kind for finding in found))
+        first = found[0].example or f"dataset: {found[0]}"
         more = f" (and {', '.join(kinds[1:])})" if kinds[1:] else ""
-        # The kinds as an override needs them: those allowed before stay so.
-        allowed = ",".join([*allow, *kinds])
-        raise DataError(f"{first}{more}\n  try: python -m ftlab check-data, or dataset.allow=[{allowed}]")
+        raise DataError(f"{first}{more}\n  try: python -m ftlab check-data, or dataset.allow={allowing(found, allow)}")
     return [str(finding) for finding in findings if finding.kind not in _TOLD_OTHERWISE]
 
 

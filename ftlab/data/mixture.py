@@ -14,7 +14,7 @@ from ftlab.data.base import TrainingData
 from ftlab.data.batch import Sample
 from ftlab.data.dataset import Dataset
 from ftlab.data.encode import Encoder
-from ftlab.data.gate import Finding, on_both_sides, stop_or_tell
+from ftlab.data.gate import Finding, allowing, on_both_sides, stop_or_tell, stopping
 from ftlab.data.order import shares
 from ftlab.data.samples import JoinedSamples, MixedRows, Packs, Samples
 from ftlab.errors import ConfigError, DataError
@@ -81,9 +81,14 @@ class Mixture(TrainingData):
                 with _told_as(name):
                     self.report["warnings"] += stop_or_tell([finding], self.datasets[name].allow)
 
-    def allowed(self) -> list[str]:
-        """What any of the sets allows."""
-        return sorted({kind for made in self.datasets.values() for kind in made.allow})
+    def stopped_by(self) -> dict[str, list[Finding]]:
+        """An override for each set in which something was found."""
+        stopped: dict[str, list[Finding]] = {}
+        for name, made in self.datasets.items():
+            across = [finding for of, finding in self._across_sets() if of == name]
+            if found := stopping([*made.findings, *across], made.allow):
+                stopped[f"dataset.sets.{name}.allow={allowing(found, made.allow)}"] = found
+        return stopped
 
     def encoder(self) -> Encoder:
         """That of the first set."""

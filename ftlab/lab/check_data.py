@@ -71,15 +71,16 @@ def _tell(console: Console, data: TrainingData) -> bool:
         console.print(f"[bold]{name:<11}[/]{one['share']:.1%} of an epoch, {one['passes_per_epoch']:.2f} times through")
     for warning in data.report["warnings"]:
         console.print(Text(f"- {warning}"), soft_wrap=True)
-    stopping = [finding for finding in data.findings if finding.stops and finding.kind not in data.allowed()]
+    stopped_by = data.stopped_by()
+    stopping = [finding for findings in stopped_by.values() for finding in findings]
     for finding in data.findings:
         style = "bold red" if finding in stopping else "yellow"
         console.print(Text.assemble((f"{finding.kind}  ", style), str(finding)), soft_wrap=True)
         if finding.example:
             console.print(Text(f"    {finding.example}"), soft_wrap=True)
     if stopping:
-        allowed = ",".join(dict.fromkeys([*data.allowed(), *(finding.kind for finding in stopping)]))
-        console.print(Text(f"a run stops here; to run all the same: dataset.allow=[{allowed}]", "bold red"))
+        told = Text(f"a run stops here; to run all the same: {' '.join(stopped_by)}", "bold red")
+        console.print(told, soft_wrap=True)
     elif not data.findings:
         console.print("nothing wrong was found", style="green")
     return bool(stopping)

@@ -81,3 +81,16 @@ def test_a_mixture_tells_the_share_of_every_set(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "75.0% of an epoch" in said
     assert "0.50 times through" in said
+
+
+def test_what_stops_a_mixture_is_allowed_in_the_set_that_it_is_in(tmp_path, capsys):
+    rows = many(8)
+    (tmp_path / "rows.jsonl").write_text("\n".join([*map(json.dumps, rows), '{"instruction": "a", "output": }']))
+    check = ["check-data", "--out", str(tmp_path), "dataset.sets={tiny:3,instruct:1}"]
+    check += ["dataset=mixture", "dataset.sets.instruct.source=jsonl", "dataset.sets.instruct.val_fraction=0"]
+    check += [f"dataset.sets.instruct.data_files={tmp_path / 'rows.jsonl'}"]
+    assert main(check) == 2
+    [offered] = [line for line in capsys.readouterr().out.splitlines() if "to run all the same" in line]
+    typed = offered.partition(": ")[2].split()
+    assert typed == ["dataset.sets.instruct.allow=[broken_json]"]
+    assert main([*check, *typed]) == 0
