@@ -140,17 +140,22 @@ def todays_config(stored: Any, run: Path, where: Path, to_build: Sequence[str]) 
 
 
 def overlaid(
-    config: dict[str, Any], overrides: Sequence[str], run: Path, may_change: tuple[str, ...]
+    config: dict[str, Any],
+    overrides: Sequence[str],
+    run: Path,
+    may_change: tuple[str, ...],
+    extra_dir: Path | None = None,
 ) -> dict[str, Any]:
     """``config`` of the run in ``run`` with the difference that ``overrides`` make, for looking at what it trained.
 
     Args:
         may_change: the beginnings of keys that overrides may change.
+        extra_dir: a further folder to search for options.
 
     Raises:
         ConfigErrors: for overrides that cannot be, and for those of other keys.
     """
-    changed, composition = _changes(config, list(overrides), run, {}, afresh=True)
+    changed, composition = _changes(config, list(overrides), run, {"extra_dir": extra_dir}, afresh=True)
     # What only tells of a run, such as W&B's tags, follows an option and is nothing here; typed, it is a mistake.
     typed = {_key(override) for override in overrides}
     changed = {key: value for key, value in changed.items() if not key.startswith(_TELLING) or _within(key, typed)}

@@ -50,7 +50,7 @@ def runs_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return runs, [text for text in arguments if is_override(text)]
 
 
-def evaluate(runs: Sequence[str], overrides: Sequence[str] = ()) -> list[Evaluation]:
+def evaluate(runs: Sequence[str], overrides: Sequence[str] = (), extra_dir: Path | None = None) -> list[Evaluation]:
     """Measure each run on its own validation rows, or on those that ``overrides`` describe.
 
     The loss is plain cross-entropy whatever a run was trained with, and it and the answers are computed in one process.
@@ -59,17 +59,20 @@ def evaluate(runs: Sequence[str], overrides: Sequence[str] = ()) -> list[Evaluat
     Args:
         runs: addresses.
         overrides: of ``dataset``, ``evaluation``, ``seq_len``, ``device``, as for ``train.py``.
+        extra_dir: a further folder to search for options.
 
     Raises:
         ConfigError, ConfigErrors, DataError, CheckpointError: whatever is wrong with runs, values or rows.
     """
-    return [_evaluate(address, list(overrides)) for address in runs]
+    return [_evaluate(address, list(overrides), extra_dir) for address in runs]
 
 
-def _evaluate(address: str, overrides: list[str]) -> Evaluation:
+def _evaluate(address: str, overrides: list[str], extra_dir: Path | None) -> Evaluation:
     device = next((text.partition("=")[2] for text in overrides if text.startswith("device=")), None)
     trained = open_trained(address, device)
-    config = overlaid(trained.config, overrides, trained.run, MAY_CHANGE) if overrides else trained.config
+    config = trained.config
+    if overrides:
+        config = overlaid(config, overrides, trained.run, MAY_CHANGE, extra_dir)
     data = read_data(config, trained.tokenizer)
     rows = data.validation
     if rows is None or not len(rows):

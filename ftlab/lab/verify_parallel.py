@@ -58,11 +58,16 @@ class Deviation:
         return all(value <= tolerance for value in (self.loss, self.grad_norm, self.gradient))
 
 
-def verify_parallel(overrides: Sequence[str], n_steps: int) -> tuple[list[Deviation], float]:
+def verify_parallel(
+    overrides: Sequence[str], n_steps: int, extra_dir: Path | None = None
+) -> tuple[list[Deviation], float]:
     """Train ``n_steps`` steps of one configuration under every strategy this machine can run, and compare.
 
     All see the same rows in the same optimizer steps. The ranks are ``parallelism.nproc_per_node``, else one per
     GPU, or two on a CPU. Host memory: twice the model in float32 on the first rank.
+
+    Args:
+        extra_dir: a further folder to search for options.
 
     Returns:
         The deviations from a single process, and the tolerance for this precision.
@@ -72,10 +77,10 @@ def verify_parallel(overrides: Sequence[str], n_steps: int) -> tuple[list[Deviat
         FtlabError: when a worker failed; it has said why.
     """
     kept, asked = _split(overrides)
-    given = compose_config([*kept, "parallelism=fsdp", *asked])
+    given = compose_config([*kept, "parallelism=fsdp", *asked], extra_dir=extra_dir)
     on_gpu = pick_device(given["device"]).type == "cuda"
     n_ranks = given["parallelism"]["nproc_per_node"] or (torch.cuda.device_count() if on_gpu else 2)
-    trials = dict(_trials(kept, asked, given, n_ranks))
+    trials = dict(_trials(kept, asked, given, n_ranks, extra_dir))
     settings: Workers = build(given["parallelism"])
     with tempfile.TemporaryDirectory(prefix="ftlab-") as folder:
         if start_workers(settings, n_ranks, Path(folder), _work, trials, n_steps, Path(folder)):
@@ -90,7 +95,9 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, [o for o in overrides if o.startswith(("parallelism.nproc_per_node=", "parallelism.timeout_s="))]
 
 
-def _trials(kept: list[str], asked: list[str], given: Config, n_ranks: int) -> Iterator[tuple[str, Config]]:
+def _trials(
+    kept: list[str], asked: list[str], given: Config, n_ranks: int, extra_dir: Path | None
+) -> Iterator[tuple[str, Config]]:
     """Name and configuration of every way to compute the same steps; the reference first."""
     trainer = given["trainer"]
     batch_size, rows = trainer["batch_size"], trainer["global_batch_size"]
@@ -108,7 +115,7 @@ def _trials(kept: list[str], asked: list[str], given: Config, n_ranks: int) -> I
     same_rows = {"global_batch_size": rows, "gradient_accumulation_steps": None, "optimizer_in_backward": False}
 
     def trial(*choice: str, batch_size: int = batch_size) -> Config:
-        config = compose_config([*kept, *choice])
+        config = compose_config([*kept, *choice], extra_dir=extra_dir)
         return config | {"trainer": config["trainer"] | same_rows | {"batch_size": batch_size}}
 
     yield REFERENCE, trial("parallelism=single")

@@ -47,11 +47,12 @@ class KillAtStep:
         pass
 
 
-def verify_resume(overrides: Sequence[str], n_steps: int) -> tuple[list[Compared], Path]:
+def verify_resume(overrides: Sequence[str], n_steps: int, extra_dir: Path | None = None) -> tuple[list[Compared], Path]:
     """Train ``n_steps`` steps straight, and once more with a SIGKILL after the checkpoint in the middle and a resume.
 
     Args:
         n_steps: at least 2: one with a checkpoint, and one after it to be killed in.
+        extra_dir: a further folder to search for options.
 
     Returns:
         What was compared, and the folder with both runs and ``verify_resume.json``.
@@ -65,7 +66,7 @@ def verify_resume(overrides: Sequence[str], n_steps: int) -> tuple[list[Compared
         *("checkpoint.at_end=true", "checkpoint.keep_last=1000", "checkpoint.export=false", "logger=[console,jsonl]"),
         *("trainer.log_every_steps=1",),
     ]
-    config = compose_config([*overrides, *asked])
+    config = compose_config([*overrides, *asked], extra_dir=extra_dir)
     folder = Path(claim_folder(fresh_folder("outputs", f"{config['run_name']}_verify-resume"))).absolute()
     straight, killed = folder / "straight", folder / "killed_and_resumed"
     _run(_in(config, straight))
@@ -78,7 +79,7 @@ def verify_resume(overrides: Sequence[str], n_steps: int) -> tuple[list[Compared
     if signal.SIGKILL.name not in ended.get("message", ""):
         how = ended.get("message") or f"is {RunRecord(killed).status}"
         raise FtlabError(f"verify-resume: the run in {killed} was to end by SIGKILL in step {middle + 1}, but: {how}")
-    resumed, _ = resumed_config([argument("resume", str(killed))], {})
+    resumed, _ = resumed_config([argument("resume", str(killed))], {"extra_dir": extra_dir})
     resumed["logger"].pop("kill")
     _run(resumed)
     compared = compare_runs(straight, killed)

@@ -1,11 +1,22 @@
-"""What the verbs' command lines hold: types for argparse that refuse, in words, what cannot be used."""
+"""What the verbs' command lines hold: arguments of several, and types that refuse, in words, what cannot be used."""
 
 from __future__ import annotations
 
 import math
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
+
+
+def declare_config_dir(parser: ArgumentParser) -> None:
+    """``--config-dir``."""
+    parser.add_argument("--config-dir", type=folder, metavar="FOLDER", help="with options of yours, as for train.py")
+
+
+def declare_overrides(parser: ArgumentParser) -> None:
+    """What describes a run."""
+    declare_config_dir(parser)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
 
 
 def whole(least: int) -> Callable[[str], int]:

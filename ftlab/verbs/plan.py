@@ -6,14 +6,13 @@ import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from ftlab.verbs._types import folder, not_negative, positive, whole
+from ftlab.verbs._types import declare_overrides, not_negative, positive, whole
 
 HELP = "parameters, memory, steps, time and cost of a run, beforehand"
 
 
 def declare(parser: ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
-    parser.add_argument("--config-dir", type=folder, metavar="FOLDER", help="with options of yours, as for train.py")
+    declare_overrides(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--rows", type=whole(1), metavar="N", help="training rows, where the data is not at hand")
     parser.add_argument("--row-tokens", type=positive, metavar="N", help="their mean length in tokens")

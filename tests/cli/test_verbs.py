@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,11 @@ def test_no_help_waits_for_torch() -> None:
         ("generate a --seed 1 hi", {"run": "a", "prompt": "hi", "seed": 1}),
         ("generate --seed 1 a -- -hi", {"run": "a", "prompt": "-hi", "seed": 1}),
         ("report a --watch", {"watch": 10.0}),
+        *(
+            (f"{verb} a=1 --config-dir . b=2", {"overrides": ["a=1", "b=2"], "config_dir": Path()})
+            for verb in ("plan", "check-data", "verify-resume", "verify-parallel")
+        ),
+        ("evaluate RUN --config-dir . a=1", {"runs": ["RUN", "a=1"], "config_dir": Path()}),
     ],
 )
 def test_options_may_stand_anywhere(typed, taken, monkeypatch):

@@ -140,6 +140,16 @@ def test_an_override_is_laid_over_what_the_run_holds(run_with, noted, typed, exp
     assert build(dataset)
 
 
+def test_a_run_with_options_from_elsewhere_is_measured_with_them(tmp_path):
+    (tmp_path / "conf" / "dataset").mkdir(parents=True)
+    (tmp_path / "conf" / "dataset" / "mine.yaml").write_text("defaults: [tiny, _self_]\nmax_samples: 50\n")
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text('["dataset=mine"]')
+    config, typed = compose_config(["dataset=mine"], extra_dir=tmp_path / "conf"), ["evaluation.max_batches=1"]
+    found = overlaid(config, typed, tmp_path, MAY_CHANGE, tmp_path / "conf")
+    assert (found["dataset"]["max_samples"], found["evaluation"]["max_batches"]) == (50, 1)
+
+
 @pytest.mark.parametrize("typed", ["logger=[console]", "run_name=other", "model.dim=64"])
 def test_what_the_run_is_called_and_who_hears_of_it_cannot_be_typed(typed, tmp_path):
     with pytest.raises(ConfigErrors, match="was settled by the run"):
