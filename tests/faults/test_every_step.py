@@ -32,7 +32,8 @@ def test_r7_resumed_from_every_step(n: int, layout: tuple[int, tuple[str, ...]],
     epoch_ends = [step for step in range(1, 60) if other.metrics_at(step)["epoch"] % 1 == 0]
     assert len(epoch_ends) >= 4
     with Figure(name, claim) as figure:
-        steps = range(1, 61) if n == 60 else [epoch_ends[0], *figure.random("steps").sample(range(1, 60), n - 1)]
+        others = [step for step in range(1, 60) if step != epoch_ends[0]]
+        steps = range(1, 61) if n == 60 else [epoch_ends[0], *figure.random("steps").sample(others, n - 1)]
         for step in steps:
             with figure.trial(step):
                 folder = Folder(tmp_path / str(step), *overrides, *LONG, n_ranks=n_ranks)
