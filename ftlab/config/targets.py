@@ -89,8 +89,15 @@ _GROUPS = (
 
 
 def unnamed(config: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """The groups, and the loggers, that do not say what they are: nobody would look at what else they say."""
+    """The groups, and the loggers, that do not say what they are: nobody would look at what else they say.
+
+    And loggers, whose names are free, with one that no key of theirs could be told or typed by.
+    """
     loggers = config.get("logger")
+    for name in loggers if isinstance(loggers, Mapping) else ():
+        if not re.fullmatch(r"[\w-]+", str(name)):
+            plain = re.sub(r"[^\w-]+", "_", str(name)).strip("_") or "mine"
+            yield ConfigError(f"logger.{name}", "no override can name it: letters, digits, _ and - can be", f"{plain}:")
     named = {group: config.get(group) for group in _GROUPS}
     named |= {f"logger.{name}": node for name, node in loggers.items()} if isinstance(loggers, Mapping) else {}
     for key, node in named.items():

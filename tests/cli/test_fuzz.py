@@ -37,6 +37,7 @@ def keys_of(file: Path) -> set[str]:
 
 KNOWN = set.union(*(keys_of(file) for file in [CONF / "train.yaml", *FILES] if file.parent.name not in GLOBAL))
 KEYS = sorted(key for key in KNOWN if not key.endswith("_"))
+OF_LOGGERS = {key.rpartition(".")[2] for key in KNOWN if key.startswith("logger.")}
 # Mappings whose keys are the user's.
 OWN_NAMES = re.compile(r"(dataset\.(column_map|sets)|resume|dataset\.format|dataset\.template)(\.|$)")
 VALUES = [
@@ -177,7 +178,12 @@ def check(said: Said, typed: list[str]) -> None:
 
 def unknown(config: dict[str, Any]) -> list[str]:
     """Keys of an accepted configuration that no file of conf/ makes."""
-    return [key for key, _ in leaves(config) if key not in KNOWN and not OWN_NAMES.match(key)]
+
+    def is_known(key: str) -> bool:
+        named = re.fullmatch(r"logger\.[\w-]+\.(\w+)", key)  # a logger may be called what it likes
+        return key in KNOWN or bool(OWN_NAMES.match(key)) or (named is not None and named[1] in OF_LOGGERS)
+
+    return [key for key, _ in leaves(config) if not is_known(key)]
 
 
 @trials(few=30, all_=500)
@@ -219,7 +225,7 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_silent_yes_would_be_seen() -> None:
-    assert unknown({"optimizer": {"lr": 1, "lrr": 2}, "seed": 1, "sed": 1, "dataset": {"column_map": {"x": 1}}}) == [
-        "optimizer.lrr",
-        "sed",
-    ]
+    loggers = {"mine": {"project": "x", "projekt": "x"}, "wandb.": {"project": "x"}}
+    config = {"optimizer": {"lr": 1, "lrr": 2}, "sed": 1, "seed": 1, "dataset": {"column_map": {"x": 1}}}
+    wrong = ["optimizer.lrr", "sed", "logger.mine.projekt", "logger.wandb..project"]
+    assert unknown(config | {"logger": loggers}) == wrong

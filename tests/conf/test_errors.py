@@ -245,6 +245,13 @@ def test_a_wrong_value_in_a_file_names_file_and_line(conf: Path, problems: Probl
     assert "must be >= 1, got 0 (conf/experiment/mine.yaml:3)" in problems("experiment=mine")
 
 
+@pytest.mark.parametrize(("name", "plain"), [("wandb.", "wandb"), ("a b", "a_b"), ("..", "mine"), ("mine-2", None)])
+def test_a_logger_has_a_name_that_can_be_typed(name: str, plain: str | None, conf: Path, problems: Problems) -> None:
+    (conf / "logger" / "mine.yaml").write_text(f"{name}:\n  _target_: ftlab.loggers.jsonl.JsonlLogger\n")
+    told = f"logger.{name}: no override can name it: letters, digits, _ and - can be\n  try: {plain}:"
+    assert problems("logger=[console,mine]") == (told if plain else "")
+
+
 @pytest.mark.parametrize("line", ["seed: !!python/object/apply:os.getcwd []", "seed: [1", "seed: 1\nseed: 2"])
 def test_a_file_that_is_no_plain_yaml_names_file_and_line(line: str, conf: Path, problems: Problems) -> None:
     (conf / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{line}\n")
