@@ -37,9 +37,11 @@ def test_r13_a_failing_disk_costs_one_checkpoint(n: int, tmp_path: Path) -> None
             rng = figure.random(number)
             rank, code, last = rng.randrange(n_ranks), ERRORS[number % 3], number % 4 == 3
             other, expected = reference(*overrides, n_ranks=n_ranks)
-            points = points_of([e for e in other.events(rank) if e.saves and (not last or e.step == 12)], rank)
+            # Not the folder of checkpoints, which is made before there is anything to save.
+            saves = [event for event in other.events(rank) if event.saves and event.step]
+            points = points_of([event for event in saves if not last or event.step == 12], rank)
             point = list(points)[rng.randrange(len(points))]
-            ours = [e for e in other.events(rank) if e.point == point and e.saves]
+            ours = [event for event in saves if event.point == point]
             nth = next(i for i, e in enumerate(ours) if e.step == 12) if last else rng.randrange(len(ours))
             last = ours[nth].step == 12
             removing = "remove" in point or point == "rename step_N.tmp"
@@ -61,6 +63,18 @@ def test_r13_a_failing_disk_costs_one_checkpoint(n: int, tmp_path: Path) -> None
                     check_state(folder.train(), expected)
                 steps = [found.step for found in folder.checkpoints.complete()]
                 assert steps[-1] == 12
+
+
+@pytest.mark.parametrize("layout", [SINGLE, FSDP], ids=["single", "fsdp"])
+def test_r13_a_disk_that_is_full_at_the_start(layout: tuple[int, tuple[str, ...]], tmp_path: Path) -> None:
+    n_ranks, overrides = layout
+    folder = Folder(tmp_path / "run", *overrides, n_ranks=n_ranks)
+    outcomes, stderr = trained(folder, act=RaiseAt(0, "mkdir checkpoints", 0, errno.ENOSPC))
+    assert {outcome.exit_code for outcome in outcomes} == {1}
+    assert "No space left on device" in stderr
+    assert "Traceback" not in stderr, stderr
+    assert folder.record()["status"] == "failed"
+    assert not (folder.run / "metrics.jsonl").exists()  # nothing was trained that could not be kept
 
 
 def trained(folder: Folder, **fields: object) -> tuple[list[Outcome], str]:
