@@ -46,6 +46,7 @@ from ftlab.training.stand_ins import (
 )
 from ftlab.training.state import TrainState
 from ftlab.training.trainer_config import TrainerConfig
+from ftlab.training.wishes import deferring_signals
 
 # Beside tensors: code of kernels that is paged in, their packing buffers, threads' stacks. Measured: 10 to 40 MiB.
 PROCESS_BYTES = 32 * 2**20
@@ -144,7 +145,7 @@ def rehearse(
     with torch.device("meta"):
         model = model_config.build().to(precision.weights)
     live = LiveBytes()
-    with _group_of_its_own(), ExitStack() as stack:
+    with deferring_signals(), _group_of_its_own(), ExitStack() as stack:
         parallel = strategy.start(worker, precision)
         if isinstance(parallel, Replicas):
             parallel = Buckets(parallel)

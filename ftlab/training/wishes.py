@@ -61,6 +61,22 @@ def ignore_signals() -> None:
 
 
 @contextmanager
+def deferring_signals() -> Iterator[None]:
+    """Take signals that come within only afterwards.
+
+    For tensors whose sizes and operations are Python's: C++ asks them where it cannot pass an exception on, and
+    one that a handler raised there would end the process without a word.
+    """
+    came: list[int] = []
+    try:
+        with _handling(lambda number, _: came.append(number), STOPPING):
+            yield
+    finally:
+        for number in dict.fromkeys(came):
+            signal.raise_signal(number)
+
+
+@contextmanager
 def _handling(handler: Callable[[int, Any], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import signal
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,6 +16,7 @@ from ftlab.config.check import compose_config
 from ftlab.errors import FtlabError
 from ftlab.forecast import Setting, forecast, forecast_up_to
 from ftlab.models.config import ModelConfig
+from ftlab.training import rehearse as rehearsing
 from ftlab.training.rehearse import Rehearsal
 
 SHAPE = ("model.dim=64", "model.n_heads=2", "model.ffn_hidden_dim=96")
@@ -111,3 +115,21 @@ def test_on_a_cpu_what_is_live_is_a_lower_bound():
     assert least.phases == of_all.phases
     assert least.peak == max(of_all.phases.values()) <= of_all.peak
     assert forecast_up_to(least.peak, config, model, setting) == of_all
+
+
+def test_a_signal_in_a_rehearsal_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised in between, it would end the process where C++ asks a tensor without data for its size."""
+    config = compose_config([*SHAPE, "model.n_layers=1", "model.vocab_size=64"])
+    steps: list[bool] = []
+
+    def interrupted(*arguments: Any, do: Callable[..., Any] = rehearsing.train_step) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        steps.append(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+        return do(*arguments)
+
+    monkeypatch.setattr(rehearsing, "train_step", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background find it ignored
+    with pytest.raises(KeyboardInterrupt):
+        forecasting._rehearsed(config, build(config["model"]), SETTING)
+    assert steps == [False, False], "both steps were rehearsed"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
