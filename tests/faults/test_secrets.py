@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.cli.bad_input import SMALL
 from tests.cli.warm import Warm
-from tests.faults.figures import Figure
+from tests.faults.figures import Figure, trials
 
 # Twelve canaries: of environment variables, which are known by their names, and of shapes that are known by themselves.
 IN_ENVIRONMENT = {
@@ -39,7 +39,8 @@ SINKS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def test_s11_no_secret_is_written_anywhere(tmp_path: Path) -> None:
+@trials(few=72, all_=72)
+def test_s11_no_secret_is_written_anywhere(n: int, tmp_path: Path) -> None:
     texts = [*IN_ENVIRONMENT.values(), *BY_SHAPE]
     quoted = ",".join(f"'x {text} y'" for text in texts)
     given = (f"logger.wandb.tags=[{quoted}]", f"logger.wandb.group='{' '.join(BY_SHAPE)}'", f"run_name='{texts[1]}'")
@@ -68,7 +69,7 @@ def test_s11_no_secret_is_written_anywhere(tmp_path: Path) -> None:
                 with figure.trial(f"{canary} in {sink}"):
                     assert names, "no such file"
                     assert [name for name in names if canary.encode() in contents[name] or canary in name] == []
-        assert figure.n == 72
+        assert figure.n == n
         known = [name for name in contents if any(belongs(name) for belongs in SINKS.values())]
         assert {name.split("/")[0] for name in contents.keys() - known} <= {name.lower() for name in where}
         elsewhere = {name: content for name, content in contents.items() if name not in known}
