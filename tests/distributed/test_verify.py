@@ -29,10 +29,10 @@ def test_a_deviation_is_the_largest_over_steps_and_parameters_and_relative():
 @pytest.mark.parametrize("gradient", [1e-4, float("nan")])
 def test_one_deviation_over_the_tolerance_is_exit_code_1(monkeypatch, capsys, gradient):
     found = [Deviation("ddp", 1e-7, 1e-7, 1e-7, "a"), Deviation("fsdp", 1e-7, 1e-7, gradient, "b")]
-    monkeypatch.setattr(verify_parallel, "verify_parallel", lambda overrides, steps: (found, 1e-5))
+    monkeypatch.setattr(verify_parallel, "verify_parallel", lambda overrides, steps, extra_dir: (found, 1e-5))
     assert cli.main(["verify-parallel"]) == 1
     assert "NO" in capsys.readouterr().out
-    monkeypatch.setattr(verify_parallel, "verify_parallel", lambda overrides, steps: (found[:1], 1e-5))
+    monkeypatch.setattr(verify_parallel, "verify_parallel", lambda overrides, steps, extra_dir: (found[:1], 1e-5))
     assert cli.main(["verify-parallel"]) == 0
 
 
