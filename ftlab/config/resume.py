@@ -194,11 +194,12 @@ def _changes(
     """
     before = _overrides_before(run)
     again = {_key(override) for override in now}
-    kept = [text for text in before if _key(text) not in again and not (afresh and _within(_key(text), again))]
+    options = {key for key in again if "." not in key}
+    kept = [text for text in before if _key(text) not in again and not (afresh and _within(_key(text), options))]
     composition = compose([*kept, *now], **search)
     # What was typed for an option that another one has taken the place of may have nothing to be said of there.
     lacking = {problem.key for problem in composition.problems}
-    fitting = [text for text in kept if not (_key(text) in lacking and _within(_key(text), again))]
+    fitting = [text for text in kept if not (_key(text) in lacking and _within(_key(text), options))]
     if fitting != kept:
         composition = compose([*fitting, *now], **search)
     if composition.problems:
