@@ -112,6 +112,7 @@ MIXED = ["dataset=mixture"]
 LIMITED = ["dataset.max_samples=40", "dataset.val_fraction=0.25"]
 # The second is a key that other sets do not have, the third a column that they do not.
 CLEANED = ["dataset=alpaca", "dataset.use_clean=true", "dataset.column_map.instruction=prompt"]
+ANSWERS = {"instruction": "prompt", "input": "input", "output": "answer", "family": None}
 GSM8K = {"instruction": "question", "input": None, "output": "answer", "family": None}
 
 
@@ -122,6 +123,8 @@ GSM8K = {"instruction": "question", "input": None, "output": "answer", "family":
         # A set that is chosen is that set, not what the run made of its own.
         (LIMITED, LIMITED, "dataset=tiny", {"source": "tiny", "max_samples": None, "val_fraction": None}),
         (CLEANED, CLEANED, "dataset=gsm8k", {"source": "openai/gsm8k", "column_map": GSM8K}),
+        # A key that is given once more is no choice of an option.
+        (CLEANED, CLEANED, "dataset.column_map={output:answer}", {"use_clean": True, "column_map": ANSWERS}),
         # Of the default composition these are no difference, of the run they are.
         (LIMITED, None, "dataset=tiny", {"source": "tiny", "max_samples": None, "val_fraction": None}),
         (LIMITED, None, "dataset.max_samples=null", {"max_samples": None, "val_fraction": 0.25}),
