@@ -23,6 +23,7 @@ from ftlab.loggers.base import RunInfo
 from ftlab.loggers.recorder import Recorder
 from ftlab.models.attention import kernel_name
 from ftlab.models.auto import AnyModelConfig, find_model
+from ftlab.models.compiled import require_compiler
 from ftlab.models.config import ModelConfig
 from ftlab.models.hub import commit_of
 from ftlab.models.resize import end_ids
@@ -143,6 +144,8 @@ def assemble(
     """
     build(config["precision"]).require(worker.device)
     require_a_gpu(config["parallelism"]["activation_checkpointing"], worker.device)
+    if config["compile"]:
+        require_compiler(worker.device)
     model_config, pretrained = find_model(build(config["model"]), fetch=opened is None)
     if config["seq_len"] > model_config.max_seq_len:
         problem = f"{config['seq_len']} is more than the {model_config.max_seq_len} tokens that the model reads"

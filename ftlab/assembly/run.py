@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -10,14 +11,18 @@ import torch
 from ftlab.assembly.data import is_packed
 from ftlab.assembly.model import Fill, build_model
 from ftlab.config.build import Config, build
+from ftlab.data.cache import cache_folder, cached, key_of
 from ftlab.data.loader import BatchLoader
 from ftlab.distributed.base import Strategy
 from ftlab.distributed.env import WorkerEnv, keep_freed_memory, peak_flops, return_freed_memory
 from ftlab.distributed.fsdp import Shards
 from ftlab.distributed.precision import Precision
 from ftlab.losses import Loss
+from ftlab.models import cpu_kernel
 from ftlab.models.auto import AnyModelConfig
 from ftlab.models.compiled import compile_blocks
+from ftlab.models.cpu_attention import attend_with
+from ftlab.models.cpu_kernel import ShortDocuments
 from ftlab.optim.groups import decay_groups
 from ftlab.training import rng
 from ftlab.training.evaluate import Evaluator
@@ -26,6 +31,8 @@ from ftlab.training.metrics import training_flops
 from ftlab.training.run import Run
 from ftlab.training.state import TrainState
 from ftlab.training.trainer_config import TrainerConfig
+
+_log = logging.getLogger(__name__)
 
 
 def assemble_run(
@@ -69,6 +76,8 @@ def assemble_run(
         varying = not is_packed(config) or worker.device.type == "cpu"
         compile_blocks(model, varying=varying, batch_size=trainer.batch_size)
         loss = loss.compiled()
+    if worker.device.type == "cpu":
+        attend_with(_own_kernel(config["paths"]["cache_dir"]) if config["compile"] else None)
     optimizer: torch.optim.Optimizer = build(config["optimizer"])(decay_groups(model))
     schedule = build(config["scheduler"], total_steps=trainer.total_steps(loader.steps_per_epoch))
     scaler = precision.grad_scaler(parallel.device)
@@ -93,6 +102,16 @@ def assemble_run(
         step_flops=_flops_counter(model_config),
         peak_flops=peak_flops(parallel.device, precision.compute),
     )
+
+
+def _own_kernel(cache_dir: str | None) -> ShortDocuments | None:
+    """The attention kernel compiled for this machine; None, and a warning, where that cannot be."""
+    try:
+        key = key_of(cpu_kernel.decided_by())
+        return ShortDocuments(cached(cache_folder(cache_dir), "kernels", key, cpu_kernel.compile_into))
+    except (cpu_kernel.CompilerError, OSError) as error:  # another compiler than GCC; a cache that must not be run from
+        _log.warning("attention: torch's kernel, for ours cannot be had here: %s", error)
+        return None
 
 
 def _flops_counter(model: AnyModelConfig) -> Callable[[list[int]], float]:

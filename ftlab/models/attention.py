@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from ftlab.models.config import ModelConfig
-from ftlab.models.cpu_attention import LONG, attend_by_document, in_blocks
+from ftlab.models.cpu_attention import attend_by_document, cpu_kernel_name
 
 
 class Causal:
@@ -70,8 +70,8 @@ def kernel_name(config: ModelConfig, seq_len: int, dtype: torch.dtype, device: t
     if packed and device.type == "cuda":
         return "flex attention, compiled"
     if device.type == "cpu":
-        name = f"flash, documents of {LONG} tokens and more in blocks" if in_blocks(dtype, seq_len) else "flash"
-        return f"{name}, a call per document" if packed else name
+        name = cpu_kernel_name(dtype, seq_len, config.sliding_window)
+        return f"{name}, a call per document" if packed and "flash" in name else name
     assert config.head_dim is not None  # ModelConfig resolved them
     assert config.n_kv_heads is not None
     heads = (config.n_heads, config.n_kv_heads)

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx.experimental import _config as symbolic_shapes
+
+from ftlab.errors import ConfigError
+
+
+def require_compiler(device: torch.device) -> None:
+    """Refuse a machine that has nothing to compile with.
+
+    torch writes C++ for a CPU; for a GPU Triton needs a C compiler to build what launches its kernels.
+
+    Raises:
+        ConfigError: with what was looked for.
+    """
+    if device.type == "cpu":
+        variable, usual = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    else:
+        variable, usual = "CC", ["gcc", "clang"]
+    asked = os.environ.get(variable)
+    names = [asked.split()[0]] if asked and asked.strip() else usual
+    if not any(shutil.which(name) for name in names):
+        wanted = f"{' or '.join(names)}{f' (from {variable})' if asked else ''}"
+        raise ConfigError(
+            "compile", f"true needs a compiler, but there is no {wanted} on this machine", "compile=false"
+        )
 
 
 def compile_blocks(model: nn.Module, *, varying: bool, batch_size: int) -> None:

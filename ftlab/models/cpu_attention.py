@@ -3,7 +3,8 @@
 Its shapes do not depend on the documents, so compiled code calls it whatever they are, and autograd keeps one node for
 all of them. Documents take torch's flash kernel in float32, for in 16 bits it needs two to five times as long. Long
 ones are quicker in plain matrix products, a block of queries at a time, where oneDNN computes these
-(``cpu_products.py``). Scores and softmax stay in float32.
+(``cpu_products.py``), short ones in a kernel of our own, where it is compiled (``cpu_kernel.py``). Scores and softmax
+stay in float32.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftlab.models.cpu_kernel import ShortDocuments
 from ftlab.models.cpu_products import multiplied_by_mkl, multiplied_by_onednn
 
 _aten = torch.ops.aten
 LONG = 192  # tokens of a document from which on it may be computed in blocks
 _BLOCK = 128  # queries of a block: with all their keys, its scores stay in the cache
+
+_own_kernel: ShortDocuments | None = None
+
+
+def attend_with(kernel: ShortDocuments | None) -> None:
+    """Let ``kernel`` compute what it takes, in this process from now on."""
+    global _own_kernel
+    _own_kernel = kernel
 
 
 @torch.library.custom_op("ftlab::attend_by_document", mutates_args=())
@@ -36,12 +46,15 @@ def attend_by_document(
         The answer (B, H, T, D), and the logarithms of the softmax sums that the kernel's backward needs (H, B*T).
     """
     answer, log_sums = _empty_like(q), _log_sums(q)
-    long, short = _documents(begins, log_sums, q, k, v, answer)
-    for _, *some in long:
+    ways = _Ways(q, begins, window)
+    for _, *some in ways.in_blocks(log_sums, q, k, v, answer):
         _attend_in_blocks(window, *(t[0] for t in some))
+    if ways.own:
+        assert _own_kernel is not None
+        _own_kernel.attend(torch.tensor(ways.own), q, k, v, answer, log_sums)
     kernel = _aten._scaled_dot_product_flash_attention_for_cpu
     with multiplied_by_mkl():
-        for some_sums, *some, some_answer in short:
+        for some_sums, *some, some_answer in ways.one_by_one(log_sums, q, k, v, answer):
             inputs = [t.to(log_sums.dtype) for t in some]
             found, found_sums = kernel(*inputs, **_causal(inputs[0], window))
             some_answer.copy_(found)
@@ -62,12 +75,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v."""
     gradients = _empty_like(q), _empty_like(k), _empty_like(v)
-    long, short = _documents(begins, log_sums, d_answer, q, k, v, answer, *gradients)
-    for _, *some, _, d_q, d_k, d_v in long:
+    ways = _Ways(q, begins, window)
+    for _, *some, _, d_q, d_k, d_v in ways.in_blocks(log_sums, d_answer, q, k, v, answer, *gradients):
         _differentiate_in_blocks(window, *(t[0] for t in (*some, d_q, d_k, d_v)))
+    if ways.own:
+        assert _own_kernel is not None
+        _own_kernel.differentiate(torch.tensor(ways.own), d_answer, q, k, v, answer, log_sums, *gradients)
     kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     with multiplied_by_mkl():
-        for some_sums, *some, d_q, d_k, d_v in short:
+        for some_sums, *some, d_q, d_k, d_v in ways.one_by_one(log_sums, d_answer, q, k, v, answer, *gradients):
             inputs = [t.to(log_sums.dtype) for t in some]
             found = kernel(*inputs, some_sums, dropout_p=0.0, **_causal(inputs[1], window))
             for target, gradient in zip((d_q, d_k, d_v), found, strict=True):
@@ -75,34 +91,55 @@ def _backward(
     return gradients
 
 
-def in_blocks(dtype: torch.dtype, n_tokens: int) -> bool:
-    """Whether a document of ``n_tokens`` is computed in blocks."""
-    return n_tokens >= LONG and multiplied_by_onednn(dtype)
+def way_of(dtype: torch.dtype, n_tokens: int, window: int | None) -> str:
+    """How a document of ``n_tokens`` is computed: "blocks", "own" or "flash"."""
+    if n_tokens >= LONG and multiplied_by_onednn(dtype):
+        return "blocks"
+    return "own" if _own_kernel is not None and _own_kernel.takes(dtype, n_tokens, window) else "flash"
 
 
-_Documents = list[tuple[Tensor, ...]]
+def cpu_kernel_name(dtype: torch.dtype, most_tokens: int, window: int | None) -> str:
+    """For the user: what computes documents of up to ``most_tokens``."""
+    short, long = (way_of(dtype, n_tokens, window) for n_tokens in (1, most_tokens))
+    names = {"own": "own kernel", "flash": "flash"}
+    if long == "blocks":
+        return f"{names[short]}, documents of {LONG} tokens and more in blocks"
+    return names[long] if short == long else f"{names[short]}, {names[long]} for long documents"
 
 
-def _documents(begins: Tensor | None, log_sums: Tensor, *tensors: Tensor) -> tuple[_Documents, _Documents]:
-    """Views of the documents that are computed in blocks, and of the others.
+class _Ways:
+    """The documents of some rows, by how they are computed.
 
-    Of ``log_sums`` they are (N, H, L), of the other tensors (N, H, L, D); N is 1, but that the kernel takes whole rows
-    at once.
+    Attributes:
+        own: begin and end, among all tokens, of those that our own kernel takes.
     """
-    n_rows, _, n_tokens, _ = tensors[0].shape
-    if begins is None:
-        if not in_blocks(tensors[0].dtype, n_tokens):
-            return [], [(log_sums.unflatten(1, (n_rows, n_tokens)).transpose(0, 1), *tensors)]
-        lengths = [n_tokens] * n_rows
-    else:
-        ends = [*begins.flatten().nonzero().flatten().tolist(), n_rows * n_tokens]
-        lengths = [end - start for start, end in pairwise(ends)]
-    flat = [t.transpose(1, 2).flatten(0, 1).transpose(0, 1) for t in tensors]  # views: in memory (B, T, H, D)
-    documents = zip(*(t[None].split(lengths, 2) for t in (log_sums, *flat)), strict=True)
-    ways: tuple[_Documents, _Documents] = [], []
-    for length, document in zip(lengths, documents, strict=True):
-        ways[not in_blocks(tensors[0].dtype, length)].append(document)
-    return ways
+
+    def __init__(self, q: Tensor, begins: Tensor | None, window: int | None):
+        n_rows, _, n_tokens, _ = q.shape
+        self._n_rows = n_rows if begins is None else None  # as long as each other: documents that torch takes at once
+        starts = range(0, n_rows * n_tokens, n_tokens) if begins is None else begins.flatten().nonzero()[:, 0].tolist()
+        found: dict[str, list[tuple[int, int]]] = {"blocks": [], "own": [], "flash": []}
+        for start, end in pairwise((*starts, n_rows * n_tokens)):
+            found[way_of(q.dtype, end - start, window)].append((start, end))
+        self._blocks, self.own, self._flash = found.values()
+
+    def in_blocks(self, log_sums: Tensor, *heads: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Views of each document that is computed in blocks: ``log_sums`` (1, H, L) and the heads (1, H, L, D)."""
+        return self._views(self._blocks, log_sums, heads)
+
+    def one_by_one(self, log_sums: Tensor, *heads: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Views of each call of torch's kernel: ``log_sums`` (N, H, L) and the heads (N, H, L, D)."""
+        if self._flash and self._n_rows is not None:
+            return iter([(log_sums.unflatten(1, (self._n_rows, -1)).transpose(0, 1), *heads)])
+        return self._views(self._flash, log_sums, heads)
+
+    @staticmethod
+    def _views(
+        bounds: list[tuple[int, int]], log_sums: Tensor, heads: tuple[Tensor, ...]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        flat = [log_sums, *(t.transpose(1, 2).flatten(0, 1).transpose(0, 1) for t in heads)]  # in memory (B, T, H, D)
+        for start, end in bounds:
+            yield tuple(t[None, :, start:end] for t in flat)
 
 
 def _attend_in_blocks(window: int | None, q: Tensor, k: Tensor, v: Tensor, answer: Tensor) -> None:
