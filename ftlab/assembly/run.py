@@ -22,7 +22,6 @@ from ftlab.models import cpu_kernel
 from ftlab.models.auto import AnyModelConfig
 from ftlab.models.compiled import compile_blocks
 from ftlab.models.cpu_attention import attend_with
-from ftlab.models.cpu_kernel import ShortDocuments
 from ftlab.optim.groups import decay_groups
 from ftlab.training import rng
 from ftlab.training.evaluate import Evaluator
@@ -104,11 +103,12 @@ def assemble_run(
     )
 
 
-def _own_kernel(cache_dir: str | None) -> ShortDocuments | None:
+def _own_kernel(cache_dir: str | None) -> cpu_kernel.ShortDocuments | None:
     """The attention kernel compiled for this machine; None, and a warning, where that cannot be."""
     try:
         key = key_of(cpu_kernel.decided_by())
-        return ShortDocuments(cached(cache_folder(cache_dir), "kernels", key, cpu_kernel.compile_into))
+        folder = cached(cache_folder(cache_dir), "kernels", key, cpu_kernel.compile_into)
+        return cpu_kernel.ShortDocuments(folder)
     except (cpu_kernel.CompilerError, OSError) as error:  # another compiler than GCC; a cache that must not be run from
         _log.warning("attention: torch's kernel, for ours cannot be had here: %s", error)
         return None
