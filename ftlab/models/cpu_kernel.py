@@ -22,10 +22,7 @@ class CompilerError(Exception):
 
 
 class _Documents(ctypes.Structure):
-    _fields_ = (
-        ("bounds", ctypes.c_void_p),
-        *((size, ctypes.c_int64) for size in _SIZES),
-    )
+    _fields_ = ("bounds", ctypes.c_void_p), *((size, ctypes.c_int64) for size in _SIZES)
 
 
 def decided_by() -> list[str]:
@@ -54,7 +51,8 @@ def _compile(*arguments: str) -> str:
     except OSError as error:
         raise CompilerError(f"{compiler}: {error.strerror}") from error
     if done.returncode:
-        raise CompilerError(f"{compiler}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        told = done.stderr.strip().partition("\n")[0] or f"exit code {done.returncode}"
+        raise CompilerError(f"{compiler}: {told}")
     return done.stdout
 
 

@@ -80,7 +80,7 @@ void transpose(const float* from, int n, int width, float* to) {
       for (int lane = 0; lane < kLanes; lane++)
         rows[lane] = i + lane < n ? load(from + (i + lane) * width + j) : Vector{};
 #pragma GCC unroll 4
-      for (int distance = 1; distance < kLanes; distance *= 2) {
+      for (int n_mixed = 1; n_mixed < kLanes; n_mixed *= 2) {  // the first half of the rows with the second, in turns
 #pragma GCC unroll 16
         for (int pair = 0; pair < kLanes / 2; pair++) {
           mixed[2 * pair] = __builtin_shuffle(rows[pair], rows[pair + kLanes / 2], low);
