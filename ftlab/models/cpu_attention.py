@@ -80,7 +80,7 @@ def _backward(
         _differentiate_in_blocks(window, *(t[0] for t in (*some, d_q, d_k, d_v)))
     if ways.own:
         assert _own_kernel is not None
-        _own_kernel.differentiate(torch.tensor(ways.own), d_answer, q, k, v, answer, log_sums, *gradients)
+        _own_kernel.differentiate(torch.tensor(ways.own), (d_answer, q, k, v, answer), log_sums, gradients)
     kernel = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     with multiplied_by_mkl():
         for some_sums, *some, d_q, d_k, d_v in ways.one_by_one(log_sums, d_answer, q, k, v, answer, *gradients):

@@ -66,7 +66,7 @@ class ShortDocuments:
         folder: where it was compiled into.
     """
 
-    MOST_TOKENS = 512  # of a document; its gradients then take 3.6 MB, and torch's kernel has caught up
+    MOST_TOKENS = 512  # of a document, whose gradients then take 3.6 MB of cache; from 1,024 on torch is as fast
 
     def __init__(self, folder: Path):
         self._library = ctypes.CDLL(str(folder / _LIBRARY))
@@ -80,19 +80,11 @@ class ShortDocuments:
         self._call("attend", bounds, (q, k), _by_token(q), _by_token(k), _by_token(v), _by_token(answer), log_sums)
 
     def differentiate(
-        self,
-        bounds: Tensor,
-        d_answer: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        answer: Tensor,
-        log_sums: Tensor,
-        *gradients: Tensor,
+        self, bounds: Tensor, heads: tuple[Tensor, ...], log_sums: Tensor, gradients: tuple[Tensor, ...]
     ) -> None:
-        """Fill the documents' part of ``gradients``, those by q, k and v."""
-        heads = (_by_token(t) for t in (d_answer, q, k, v, answer))
-        self._call("differentiate", bounds, (q, k), *heads, log_sums, *(_by_token(t) for t in gradients))
+        """Fill the documents' part of ``gradients``, by q, k and v; ``heads``: by the answer, q, k, v, the answer."""
+        _, q, k, *_ = heads
+        self._call("differentiate", bounds, (q, k), *map(_by_token, heads), log_sums, *map(_by_token, gradients))
 
     def _call(self, name: str, bounds: Tensor, shaped: tuple[Tensor, Tensor], *tensors: Tensor) -> None:
         (batch, n_heads, n_tokens, head_dim), n_kv_heads = shaped[0].shape, shaped[1].shape[1]

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 
 from ftlab.config.check import check_command_line
 from ftlab.jobs import launch
+from ftlab.models.cpu_attention import attend_with
+
+
+@pytest.fixture(autouse=True)
+def torchs_kernel_again() -> Iterator[None]:
+    """What a compiled run chose for this process is not for the tests after it."""
+    yield
+    attend_with(None)
+
 
 PACKED = "dataset.packing=best_fit", "loss=chunked_cross_entropy", "evaluation.n_samples=0", "scheduler=constant"
 
