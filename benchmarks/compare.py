@@ -47,6 +47,7 @@ PEERS = {
 }
 SEQ_LEN, LR = 512, 1e-4
 PACKED = ["dataset.packing=best_fit"]
+SHARED = [*PACKED, "trainer.share_prefixes=true"]
 BF16 = ["precision=bf16", "loss=chunked_cross_entropy"]
 MIXED = ["precision=bf16_mixed", "loss=chunked_cross_entropy"]
 
@@ -69,10 +70,17 @@ CONTESTANTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
         None,
         {"more": [*PACKED, "loss=chunked_cross_entropy", "compile=true"], "packing": True},
     ),
+    "ftlab fp32 packed shared": ("ours", None, {"more": [*SHARED, "loss=chunked_cross_entropy"], "packing": True}),
+    "ftlab fp32 packed shared compile": (
+        "ours",
+        None,
+        {"more": [*SHARED, "loss=chunked_cross_entropy", "compile=true"], "packing": True},
+    ),
     "ftlab bf16_mixed packed": ("ours", None, {"more": [*PACKED, *MIXED], "packing": True}),
     "ftlab bf16 packed": ("ours", None, {"more": [*PACKED, *BF16], "packing": True}),
     "ftlab bf16_mixed packed compile": ("ours", None, {"more": [*PACKED, *MIXED, "compile=true"], "packing": True}),
     "ftlab bf16 packed compile": ("ours", None, {"more": [*PACKED, *BF16, "compile=true"], "packing": True}),
+    "ftlab bf16 packed shared compile": ("ours", None, {"more": [*SHARED, *BF16, "compile=true"], "packing": True}),
 }
 
 

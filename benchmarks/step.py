@@ -98,9 +98,9 @@ def assemble(config: dict[str, Any], n_steps: int, kind: str = "full") -> tuple[
     ), model_config
 
 
-def measure(run: Run, n_steps: int) -> tuple[dict[str, float], list[int]]:
-    """Seconds by phase over ``n_steps`` steps, and the real lengths of the sequences in them."""
-    steps, lengths = remaining_steps(run), list[int]()
+def measure(run: Run, n_steps: int) -> tuple[dict[str, float], list[int], int]:
+    """Seconds by phase over ``n_steps`` steps, the real lengths of the sequences in them, and the tokens they share."""
+    steps, lengths, n_shared = remaining_steps(run), list[int](), 0
     run.clock.enter("data")
     run.clock.take()
     for _ in range(n_steps):
@@ -109,10 +109,11 @@ def measure(run: Run, n_steps: int) -> tuple[dict[str, float], list[int]]:
         run.state.progress.step += 1
         run.state.progress.epoch_step += 1
         lengths += [n for batch in micro_batches for n in batch.lengths]
+        n_shared += sum(batch.n_shared for batch in micro_batches)
         run.clock.enter("data")
     seconds = run.clock.take()
     run.state.guard.check()
-    return seconds, lengths
+    return seconds, lengths, n_shared
 
 
 def benchmark(config: dict[str, Any], n_steps: int, n_warmup: int, kind: str = "full") -> dict[str, Any]:
@@ -122,7 +123,7 @@ def benchmark(config: dict[str, Any], n_steps: int, n_warmup: int, kind: str = "
     measure(run, n_warmup)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    phases, lengths = measure(run, n_steps)
+    phases, lengths, n_shared = measure(run, n_steps)
     seconds = sum(phases.values())
     # Where the peak is measured, a busy moment must not pass for a slow machine.
     peak = max(run.peak_flops, peak_flops(device, run.precision.compute))
@@ -140,7 +141,7 @@ def benchmark(config: dict[str, Any], n_steps: int, n_warmup: int, kind: str = "
         "step_s": seconds / n_steps,
         "rows": kind,
         "tokens_per_s": sum(lengths) / seconds,
-        "mfu": run.step_flops(lengths) / seconds / peak,
+        "mfu": run.step_flops(lengths, n_shared) / seconds / peak,
         "peak_flops": peak,
         "peak_memory_gib": peak_memory_gib(device),
         "phase_share": {name: s / sum(phases.values()) for name, s in phases.items()},

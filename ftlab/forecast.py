@@ -133,6 +133,7 @@ def _rehearsed(config: Config, model: ModelConfig, setting: Setting) -> Rehearsa
         optimizer=build(config["optimizer"]),
         loss=build(config["loss"]),
         max_grad_norm=trainer.max_grad_norm,
+        share_prefixes=trainer.share_prefixes,
         optimizer_in_backward=trainer.optimizer_in_backward,
         shapes=Shapes(
             training=(min(trainer.batch_size, share), setting.longest),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A room is a module or a package directly under ftlab/.
 FLOORS = [
     {"errors", "ctrl_c", "typed"},
-    {"storage"},
+    {"storage", "prefixes"},
     {"outputs", "plots"},
     {"exit_codes"},
     {"config", "data", "distributed", "losses", "loggers", "models", "optim"},

@@ -65,8 +65,9 @@ class Experiment:
         run = self.run
         if not isinstance(self.model_config, ModelConfig):
             return None
+        by_document = is_packed(self.config) or run.trainer.share_prefixes
         seq_len, device = self.config["seq_len"], run.parallel.device
-        return kernel_name(self.model_config, seq_len, run.precision.compute, device, packed=is_packed(self.config))
+        return kernel_name(self.model_config, seq_len, run.precision.compute, device, packed=by_document)
 
     def checkpointer(self, folder: RunFolder, keep: CheckpointConfig, opened: Opened | None) -> Checkpointer:
         """What saves this run."""

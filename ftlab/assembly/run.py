@@ -66,14 +66,16 @@ def assemble_run(
         gradient_accumulation_steps=trainer.accumulation_steps(parallel.dp_size),
         dp_rank=parallel.dp_rank,
         dp_size=parallel.dp_size,
+        share_prefixes=trainer.share_prefixes,
     )
     model = build_model(model_config, fill, precision, parallel)
     loss: Loss = build(config["loss"])
     if config["compile"]:
         # Packed rows are all as long, and an epoch's last batch has fewer of them. Kernels for any number are as
         # quick on a CPU, where another compilation would take 15 s; on CUDA that was not measured.
-        varying = not is_packed(config) or worker.device.type == "cpu"
-        compile_blocks(model, varying=varying, batch_size=trainer.batch_size)
+        folded = trainer.share_prefixes  # one row, whose length varies
+        varying = folded or not is_packed(config) or worker.device.type == "cpu"
+        compile_blocks(model, varying=varying, batch_size=1 if folded else trainer.batch_size)
         loss = loss.compiled()
     if worker.device.type == "cpu":
         attend_with(_own_kernel(config["paths"]["cache_dir"]) if config["compile"] else None)
@@ -114,8 +116,8 @@ def _own_kernel(cache_dir: str | None) -> cpu_kernel.ShortDocuments | None:
         return None
 
 
-def _flops_counter(model: AnyModelConfig) -> Callable[[list[int]], float]:
-    """FLOPs of one forward and backward, as a function of the real lengths of the sequences."""
+def _flops_counter(model: AnyModelConfig) -> Callable[[list[int], int], float]:
+    """FLOPs of one forward and backward, by the real lengths of the sequences and how many tokens they share."""
     assert model.head_dim is not None  # ModelConfig resolved it
     return partial(
         training_flops,

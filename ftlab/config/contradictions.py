@@ -103,6 +103,9 @@ def _packing(values: Values) -> Iterator[ConfigError]:
     for key, value in values.items():
         if key.startswith("dataset.") and key.endswith("packing") and value not in (None, "none"):
             yield ConfigError(key, f"{value}, but model=hf cannot keep packed documents apart", override(key, "none"))
+    shared = "trainer.share_prefixes"
+    if values.get(shared) is True:
+        yield ConfigError(shared, "true, but model=hf cannot put documents together", override(shared, False))
 
 
 def _mixture(values: Values) -> Iterator[ConfigError]:

@@ -75,7 +75,15 @@ class TrainingData(ABC):
         """What was found and some samples coloured by what is trained, as HTML."""
         return as_html(f"{self.source}: what is trained", self.report, self.findings, self.examples(), self.tokenizer)
 
-    def loader(self, *, batch_size: int, gradient_accumulation_steps: int, dp_rank: int, dp_size: int) -> BatchLoader:
+    def loader(
+        self,
+        *,
+        batch_size: int,
+        gradient_accumulation_steps: int,
+        dp_rank: int,
+        dp_size: int,
+        share_prefixes: bool = False,
+    ) -> BatchLoader:
         """What deals the training rows out to one of ``dp_size`` ranks."""
         return BatchLoader(
             self.train,
@@ -87,6 +95,7 @@ class TrainingData(ABC):
             dp_size=dp_size,
             pad_id=self.tokenizer.pad_id,
             grouped=self.group_by_length,
+            share_prefixes=share_prefixes,
         )
 
     def longest(self) -> tuple[int, int | None]:

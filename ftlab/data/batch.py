@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ftlab import IGNORE_INDEX
 from ftlab.data.weights import ONE, total
+from ftlab.prefixes import Tree, fold
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,22 @@ class Batch:
     """A micro-batch: one sample a row, padded on the right to the longest, or packed rows of equal length.
 
     Padding on the right needs no attention mask under causal attention: no real token comes after it.
+    Folded, it is one row of all samples' nodes (``ftlab/prefixes.py``), without padding.
 
     Attributes:
-        tokens: (B, T) int64.
+        tokens: (B, T) int64; folded (1, U).
         targets: (B, T) int64, already shifted: ``targets[:, t]`` is what position ``t`` has to predict,
             or ``IGNORE_INDEX``. The last token of a sample predicts nothing; it stays in ``tokens`` so
-            that full rows keep their round length, which kernels like better than ``seq_len - 1``.
+            that full rows keep their round length, which kernels like better than ``seq_len - 1``. Folded (M,).
         sample_ids: row number in the source of each sample; empty for a batch without samples.
         lengths: real tokens of each sample, padding not counted.
-        n_targets: targets that count in the loss.
+        n_targets: targets that count in the loss, of all samples.
         total_weight: how much they count together, in units of 1 / ``weights.ONE``.
         weights: (B, T) float32, how much each counts, 0 where there is no target; None where each counts 1.
+            Folded (M,), each as much as in all samples together.
         doc_ids: (B, T) int64 in packed batches: the number of each token's sample in its row, padding having one of
-            its own; None where every row is one sample.
+            its own; None where every row is one sample. Folded (1, N): of all samples' tokens one after the other.
+        tree: of a folded batch.
 
     The counts are host integers taken when the batch is made: asking the device would block on it.
     """
@@ -73,11 +77,22 @@ class Batch:
     total_weight: int
     doc_ids: Tensor | None = None
     weights: Tensor | None = None
+    tree: Tree | None = None
 
     @property
     def n_tokens(self) -> int:
         """Real tokens, padding not counted."""
         return sum(self.lengths)
+
+    @property
+    def n_padding(self) -> int:
+        """Tokens that are computed and belong to no sample."""
+        return 0 if self.tree is not None else self.tokens.numel() - self.n_tokens
+
+    @property
+    def n_shared(self) -> int:
+        """Real tokens that are not computed, for another sample's are the same."""
+        return 0 if self.tree is None else self.n_tokens - self.tokens.numel()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; from pinned memory the copy overlaps with work already queued there."""
@@ -89,7 +104,9 @@ class Batch:
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
         doc_ids, weights = (None if tensor is None else move(tensor) for tensor in (self.doc_ids, self.weights))
-        return replace(self, tokens=move(self.tokens), targets=move(self.targets), doc_ids=doc_ids, weights=weights)
+        tree = None if self.tree is None else self.tree.each(move)
+        tokens, targets = move(self.tokens), move(self.targets)
+        return replace(self, tokens=tokens, targets=targets, doc_ids=doc_ids, weights=weights, tree=tree)
 
     @classmethod
     def empty(cls, pad_id: int) -> Batch:
@@ -112,12 +129,12 @@ def collate(rows: Sequence[Sample | Pack], pad_id: int) -> Batch:
         pad_id: any valid token id; it is never a target and no real token can attend to it.
     """
     packed = any(isinstance(row, Pack) for row in rows)
-    samples_of = [row.samples if isinstance(row, Pack) else [row] for row in rows]
+    samples_of = [_samples_of(row) for row in rows]
     width = max(row.length if isinstance(row, Pack) else len(row.tokens) for row in rows)
     tokens = np.full((len(rows), width), pad_id, dtype=np.int64)
     targets = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
     doc_ids = np.zeros((len(rows), width), dtype=np.int64)
-    weighted = any(sample.trained.dtype != bool and not _is_mask(sample.trained) for s in samples_of for sample in s)
+    weighted = any(_is_weighted(sample) for samples in samples_of for sample in samples)
     weights = np.zeros((len(rows), width), dtype=np.float32) if weighted else None
     for row, samples in enumerate(samples_of):
         start = 0
@@ -145,5 +162,36 @@ def collate(rows: Sequence[Sample | Pack], pad_id: int) -> Batch:
     )
 
 
-def _is_mask(weights: np.ndarray) -> bool:
-    return bool(((weights == 0) | (weights == 1)).all())
+def collate_folded(rows: Sequence[Sample | Pack]) -> Batch:
+    """The same samples, of which what they begin with in common is computed once.
+
+    Args:
+        rows: as for ``collate``.
+    """
+    samples = [sample for row in rows for sample in _samples_of(row)]
+    lengths = [len(sample.tokens) for sample in samples]
+    folded = fold([sample.tokens for sample in samples], [sample.trained for sample in samples])
+    trained = np.concatenate([sample.trained[1:] for sample in samples])
+    n_targets = int(np.count_nonzero(trained))
+    weighted = any(_is_weighted(sample) for sample in samples)
+    return Batch(
+        tokens=torch.from_numpy(folded.tokens)[None],
+        targets=torch.from_numpy(folded.targets),
+        sample_ids=[sample.sample_id for sample in samples],
+        lengths=lengths,
+        n_targets=n_targets,
+        total_weight=total(trained.astype(np.float32, copy=False)) if weighted else n_targets * ONE,
+        doc_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), [lengths[i] for i in folded.order]))[None],
+        weights=torch.from_numpy(folded.weights),
+        tree=folded.tree,
+    )
+
+
+def _samples_of(row: Sample | Pack) -> Sequence[Sample]:
+    return row.samples if isinstance(row, Pack) else [row]
+
+
+def _is_weighted(sample: Sample) -> bool:
+    """Whether its targets count as more or less than one."""
+    weights = sample.trained
+    return weights.dtype != bool and not bool(((weights == 0) | (weights == 1)).all())

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ftlab.data.batch import Batch, Pack, Sample, collate
+from ftlab.data.batch import Batch, Pack, Sample, collate, collate_folded
 from ftlab.data.order import group_by_length, permutation
 from ftlab.data.stream import Stream
 
@@ -41,6 +41,7 @@ class BatchLoader:
         dp_rank: this data-parallel rank, of ``dp_size``.
         pad_id: token id that fills the short rows of a batch.
         grouped: bring rows of like length into the same step (``order.group_by_length``); padding is then rare.
+        share_prefixes: fold each batch, so that what its samples begin with in common is computed once.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class BatchLoader:
         dp_size: int,
         pad_id: int,
         grouped: bool = False,
+        share_prefixes: bool = False,
     ):
         self.dataset = dataset
         self.batch_size = batch_size
@@ -62,7 +64,7 @@ class BatchLoader:
         self.shuffle, self.seed = shuffle, seed
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_id = pad_id
-        self.grouped = grouped
+        self.grouped, self.share_prefixes = grouped, share_prefixes
 
     @property
     def streams(self) -> bool:
@@ -150,7 +152,8 @@ class BatchLoader:
     def _batch(self, rows: list[tuple[SampleSource, int]]) -> Batch:
         if not rows:
             return Batch.empty(self.pad_id)
-        return collate([source.sample(i) for source, i in rows], self.pad_id)
+        samples = [source.sample(i) for source, i in rows]
+        return collate_folded(samples) if self.share_prefixes else collate(samples, self.pad_id)
 
 
 def _samples(block: list[tuple[SampleSource, int]]) -> Iterator[Sample]:

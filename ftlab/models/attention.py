@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 
 from ftlab.models.config import ModelConfig
 from ftlab.models.cpu_attention import attend_by_document, cpu_kernel_name
+from ftlab.prefixes import Tree
 
 
 class Causal:
@@ -119,6 +120,25 @@ class Documents:
             return attend(q, k, v, block_mask=self._mask, enable_gqa=q.shape[1] != k.shape[1])
         answer: Tensor = attend_by_document(q, k, v, self._begins, self._window)[0]
         return answer
+
+
+class Folded:
+    """Documents of which what they begin with in common is computed once: they are put together, and attended to.
+
+    Called with q, k and v of the tree's nodes, (1, heads, U, head_dim) each; returns as much as q.
+
+    Args:
+        documents: of the tree's N tokens.
+    """
+
+    def __init__(self, documents: Documents, tree: Tree):
+        self._documents, self._tree = documents, tree
+        self.positions = documents.positions[:, tree.nodes.rows]  # (1, U)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        whole = (self._tree.tokens(heads[0].transpose(0, 1)).transpose(0, 1)[None] for heads in (q, k, v))
+        answer = self._documents(*whole)
+        return self._tree.nodes(answer[0].transpose(0, 1)).transpose(0, 1)[None]
 
 
 def _block_mask(documents: Tensor, window: int | None) -> Any:

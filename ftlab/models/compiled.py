@@ -61,8 +61,9 @@ def _unless_rare(plain: Callable[..., Any], compiled: Callable[..., Any], batch_
         # A cache of keys is longer with every token that is generated, and so would be another shape to compile for.
         if cache is not None:
             return plain(x, *others, cache=cache, **named)
-        # torch takes 1 for a size that does not vary: this is an epoch's last row, left alone.
-        if len(x) == 1 < batch_size and torch.is_grad_enabled():
+        # torch takes 1 for a size that does not vary: this is an epoch's last row, left alone, or the only token of a
+        # rank that has no row left.
+        if (len(x) == 1 < batch_size or x.shape[1] == 1) and torch.is_grad_enabled():
             return plain(x, *others, **named)
         return compiled(x, *others, **named)
 

@@ -171,10 +171,14 @@ class HFTransformer(nn.Module):
         doc_ids: Tensor | None = None,
         n_targets: int | None = None,  # noqa: ARG002 -- every model's signature
         weights: Tensor | None = None,
+        tree: Any = None,
         cache: TokenCache | None = None,
     ) -> Tensor:
         """As ``Transformer.forward``, but without packed rows; transformers makes the logits, capped and
         scaled as the model has it, so the loss is asked for its ``of_logits``."""
+        if tree is not None:
+            problem = "true, but model=hf cannot put documents together"
+            raise ConfigError("trainer.share_prefixes", problem, "trainer.share_prefixes=false")
         if doc_ids is not None:
             raise ConfigError(
                 "dataset.packing", "model=hf does not keep packed documents apart", "dataset.packing=none"

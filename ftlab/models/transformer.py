@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ftlab import IGNORE_INDEX
 from ftlab.errors import ConfigError
 from ftlab.models import hf_layout
-from ftlab.models.attention import Causal, Documents
+from ftlab.models.attention import Causal, Documents, Folded
 from ftlab.models.config import ModelConfig
 from ftlab.models.families import FAMILIES
 from ftlab.models.layers import Attend, Attention, KVCache, LayerCache, RMSNorm, SwiGLU
 from ftlab.models.rotary import RotaryEmbedding, Rotation
 from ftlab.models.shards import held_rows
+from ftlab.prefixes import Tree
 
 INIT_STD = 0.02
 INIT_ROWS = 256  # drawn together, see Transformer.init_weights
@@ -81,6 +82,7 @@ class Transformer(nn.Module):
         doc_ids: Tensor | None = None,
         n_targets: int | None = None,
         weights: Tensor | None = None,
+        tree: Tree | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits, or the loss when one is given.
@@ -97,6 +99,7 @@ class Transformer(nn.Module):
             n_targets: how many of the targets count, where the host knows: only they are then taken to the head,
                 N = n_targets, without asking the device; None: N = B*T.
             weights: (B, T) float32, how much each target counts; None: 1.
+            tree: for documents that are folded: tokens are (1, U), targets and weights (M,), doc_ids (1, N).
             cache: keys and values of earlier positions; T more are appended.
 
         Returns:
@@ -107,7 +110,7 @@ class Transformer(nn.Module):
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
-        if end > self.config.max_seq_len:
+        if tree is None and end > self.config.max_seq_len:
             raise ConfigError(
                 "seq_len",
                 f"a sequence of {end} tokens is longer than model.max_seq_len={self.config.max_seq_len}",
@@ -119,6 +122,8 @@ class Transformer(nn.Module):
         else:
             assert cache is None, "generation does not pack"
             attend = Documents(doc_ids, self.config.sliding_window)
+            if tree is not None:
+                attend = Folded(attend, tree)
             rotation = self.rotary(attend.positions)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
@@ -129,7 +134,9 @@ class Transformer(nn.Module):
         assert targets is not None, "a loss needs targets"
         of_targets = [targets.flatten(), *([] if weights is None else [weights.flatten()])]
         x = x.flatten(0, 1)
-        if n_targets is not None and n_targets < len(x):
+        if tree is not None:
+            x = tree.parents(x)
+        elif n_targets is not None and n_targets < len(x):
             places = torch.nonzero_static(of_targets[0] != IGNORE_INDEX, size=n_targets)[:, 0]
             x, of_targets = x.index_select(0, places), [tensor.index_select(0, places) for tensor in of_targets]
         return loss(self.norm(x), head_weight, *of_targets)

@@ -38,14 +38,19 @@ class LogWindow:
         self._run = run
         self._counts = torch.zeros(3, dtype=torch.int64, device=run.parallel.device)
         self._settled = [0, 0, 0]  # the part of them that progress knows
-        self._flops, self._positions, self._own_tokens = 0.0, 0, 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._flops, self._n_tokens, self._n_padding, self._n_shared = 0.0, 0, 0, 0
 
     def add(self, micro_batches: list[Batch], metrics: StepMetrics) -> None:
         """Count one step."""
         self._counts = self._counts + metrics.counts
-        self._flops += self._run.step_flops([n for batch in micro_batches for n in batch.lengths])
-        self._positions += sum(batch.tokens.numel() for batch in micro_batches)
-        self._own_tokens += sum(batch.n_tokens for batch in micro_batches)
+        n_shared = sum(batch.n_shared for batch in micro_batches)
+        self._flops += self._run.step_flops([n for batch in micro_batches for n in batch.lengths], n_shared)
+        self._n_tokens += sum(batch.n_tokens for batch in micro_batches)
+        self._n_padding += sum(batch.n_padding for batch in micro_batches)
+        self._n_shared += n_shared
 
     def settle(self) -> None:
         """Bring the run's counts up to the step just done.
@@ -78,7 +83,7 @@ class LogWindow:
             "train/grad_norm": metrics.grad_norm.item(),
             "perf/tokens_per_s": tokens / busy,
             "perf/target_tokens_per_s": target_tokens / busy,
-            "perf/padding_frac": 1 - self._own_tokens / self._positions,
+            "perf/padding_frac": self._n_padding / (self._n_padding + self._n_tokens),
             "perf/mfu": self._flops / busy / run.peak_flops,
             "perf/data_wait_frac": seconds.get("data", 0.0) / busy,
             "perf/forward_frac": seconds.get("forward", 0.0) / busy,
@@ -86,10 +91,12 @@ class LogWindow:
             "perf/optimizer_frac": seconds.get("optimizer", 0.0) / busy,
             "memory/peak_gib": peak_memory_gib(run.parallel.device),
         }
+        if run.trainer.share_prefixes:
+            line["perf/shared_frac"] = self._n_shared / max(1, self._n_tokens)
         if progress.skipped_steps:
             line["train/skipped_steps"] = progress.skipped_steps
         for observer in run.observers:
             line |= observer.measured(run.parallel)
         self._counts, self._settled = torch.zeros_like(self._counts), [0, 0, 0]
-        self._flops, self._positions, self._own_tokens = 0.0, 0, 0
+        self._clear()
         return line

@@ -42,6 +42,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> StepMetrics:
                 doc_ids=batch.doc_ids,
                 n_targets=batch.n_targets,
                 weights=batch.weights,
+                tree=batch.tree,
             )
         run.clock.enter("backward")
         # Data parallelism averages gradients over ranks; times dp_size makes it the sum that is divided once, globally.

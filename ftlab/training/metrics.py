@@ -91,7 +91,9 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # Linux counts in KiB
 
 
-def training_flops(n_matmul_params: int, n_layers: int, attention_dim: int, lengths: list[int]) -> float:
+def training_flops(
+    n_matmul_params: int, n_layers: int, attention_dim: int, lengths: list[int], n_shared: int = 0
+) -> float:
     """FLOPs of one forward and backward over sequences of ``lengths`` real tokens.
 
     ``6·N·t`` for the matrix products of N weights over t tokens (2 forward, 4 backward) and
@@ -103,6 +105,7 @@ def training_flops(n_matmul_params: int, n_layers: int, attention_dim: int, leng
         n_layers: decoder blocks.
         attention_dim: heads × head_dim.
         lengths: real tokens of every sequence.
+        n_shared: those of them whose products are another sequence's (``trainer.share_prefixes``).
     """
-    tokens, squares = sum(lengths), sum(length * length for length in lengths)
+    tokens, squares = sum(lengths) - n_shared, sum(length * length for length in lengths)
     return 6.0 * n_matmul_params * tokens + 12.0 * n_layers * attention_dim * squares

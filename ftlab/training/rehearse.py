@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ from ftlab.models.layers import KVCache
 from ftlab.models.live_bytes import LiveBytes, Phase, cuda_peaks, heap_peak, live_peaks
 from ftlab.models.transformer import Transformer
 from ftlab.optim.groups import decay_groups
+from ftlab.prefixes import Take, Tree
 from ftlab.training.generate import _last_logits
 from ftlab.training.loop import train_step
 from ftlab.training.run import Run
@@ -129,6 +130,7 @@ def rehearse(
     loss: Loss,
     max_grad_norm: float | None,
     optimizer_in_backward: bool,
+    share_prefixes: bool,
     shapes: Shapes,
     on_cuda: bool,
 ) -> Rehearsal:
@@ -136,6 +138,7 @@ def rehearse(
 
     Args:
         n_ranks, n_local_ranks: the others exist in name only. There must be no process group yet.
+        share_prefixes: rehearsed with batches of which nothing can be shared.
         on_cuda: what the figures are for; the kernels rehearsed are the CPU's, whose results have the same sizes, but
             for norms, which have a stand-in.
     """
@@ -168,7 +171,8 @@ def rehearse(
         first_phase_of = {"load": 0}
         for step in ("first step", "later steps"):
             first_phase_of[step] = len(live.phases)
-            train_step(run, [_batch(shapes.training)] * min(shapes.n_micro_batches, 2))
+            batch = _folded(shapes.training) if share_prefixes else _batch(shapes.training)
+            train_step(run, [batch] * min(shapes.n_micro_batches, 2))
         first_phase_of["evaluation"] = len(live.phases)
         _evaluate(run, shapes, live)
         first_phase_of["save"] = len(live.phases)
@@ -248,6 +252,7 @@ def _run(
         measure_lost_updates=False,
         profile_steps=None,
         optimizer_in_backward=False,  # what stands in for it is made below
+        share_prefixes=False,
         log_every_steps=1,
         max_skipped_steps=0,
         spike_sigma=None,
@@ -270,7 +275,7 @@ def _run(
         parallel=parallel,
         evaluator=None,
         log=lambda *_: None,
-        step_flops=lambda _: 0.0,
+        step_flops=lambda *_: 0.0,
         peak_flops=1.0,
     )
     if optimizer_in_backward:
@@ -322,6 +327,15 @@ def _batch(shape: tuple[int, int]) -> Batch:
         n_targets=n_rows * length,
         total_weight=n_rows * length * ONE,
     )
+
+
+def _folded(shape: tuple[int, int]) -> Batch:
+    """The same, folded, of samples that have nothing in common."""
+    batch = _batch(shape)
+    tokens, targets = batch.tokens.view(1, -1), batch.targets.flatten()
+    take = Take(rows=targets, places=targets, begins=targets)
+    weights = torch.zeros(targets.shape, dtype=torch.float32)
+    return replace(batch, tokens=tokens, targets=targets, weights=weights, doc_ids=tokens, tree=Tree(take, take, take))
 
 
 def _n_bytes(tensor: Tensor) -> int:

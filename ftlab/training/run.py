@@ -30,7 +30,8 @@ class Run:
         ledger: notes which samples were seen; None where nobody asks.
         observers: look at steps; what they measure is logged with them.
         log: takes the metrics of a step, and the step.
-        step_flops: FLOPs of a forward and backward over sequences of the given real lengths.
+        step_flops: FLOPs of a forward and backward over sequences of the given real lengths, so many tokens of which
+            they share.
         peak_flops: what the device could do per second.
     """
 
@@ -42,7 +43,7 @@ class Run:
     parallel: Parallelism
     evaluator: Evaluator | None
     log: Callable[[Metrics, int], None]
-    step_flops: Callable[[list[int]], float]
+    step_flops: Callable[[list[int], int], float]
     peak_flops: float
     checkpointer: Checkpointer | None = None
     ledger: Ledger | None = None

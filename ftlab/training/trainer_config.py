@@ -19,6 +19,7 @@ class TrainerConfig:
     global_batch_size: int | None
     max_grad_norm: float | None
     optimizer_in_backward: bool
+    share_prefixes: bool
     measure_lost_updates: bool
     profile_steps: list[int] | None
     log_every_steps: int

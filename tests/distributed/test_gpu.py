@@ -18,7 +18,7 @@ from ftlab.config.check import compose_config
 from ftlab.data.batch import Sample
 from ftlab.data.loader import BatchLoader
 from ftlab.distributed.env import WorkerEnv
-from ftlab.training.loop import remaining_steps, train_step
+from ftlab.training.loop import fit, remaining_steps, train_step
 from ftlab.training.metrics import PhaseClock
 from tests.distributed.strategies import strategy, train
 from tests.loop.conftest import Rows
@@ -49,6 +49,30 @@ def test_mixed_precision_stays_within_two_percent_of_float32(
     mixed = train(gpu, strategy(kind, **changes), Rows(200), precision, **options)
     assert min(exact.losses) < 0.85 * exact.losses[0]
     assert mixed.losses == pytest.approx(exact.losses, rel=0.02)
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_shared_prefixes_train_as_whole_rows_do_and_twice_to_the_bit(gpu: WorkerEnv, compiled: str) -> None:
+    def losses(*overrides: str) -> list[float]:
+        config = compose_config(
+            ["device=cuda", "tokenizer=byte", "trainer.max_steps=12", f"compile={compiled}", *overrides]
+        )
+        lines: list[float] = []
+        run = assemble_run(
+            config,
+            build(config["model"]).replace(vocab_size=101),
+            random_weights(0),
+            partial(BatchLoader, Rows(80), shuffle=False, seed=0, pad_id=0),
+            None,
+            lambda line, _: lines.append(line["train/loss"]),
+            gpu,
+        )
+        fit(run)
+        return lines
+
+    shared = losses("trainer.share_prefixes=true")
+    assert shared == pytest.approx(losses(), rel=1e-3)
+    assert shared == losses("trainer.share_prefixes=true")
 
 
 class FullRows:
@@ -101,7 +125,10 @@ def test_a_step_of_llama2_7b_in_bfloat16_fits_141_gb(gpu: WorkerEnv) -> None:
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "chunked_cross_entropy"])
-def test_a_step_that_is_not_logged_never_makes_the_host_wait(gpu: WorkerEnv, compiled: str, loss: str) -> None:
+@pytest.mark.parametrize("shared", ["false", "true"])
+def test_a_step_that_is_not_logged_never_makes_the_host_wait(
+    gpu: WorkerEnv, compiled: str, loss: str, shared: str
+) -> None:
     config = compose_config(
         [
             "device=cuda",
@@ -110,6 +137,7 @@ def test_a_step_that_is_not_logged_never_makes_the_host_wait(gpu: WorkerEnv, com
             "precision=bf16",
             f"loss={loss}",
             f"compile={compiled}",
+            f"trainer.share_prefixes={shared}",
         ]
     )
     model = build(config["model"]).replace(vocab_size=101)

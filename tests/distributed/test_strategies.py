@@ -24,6 +24,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "ddp, accumulation": ("ddp", {}, 2),
     "ddp, weighted rows, accumulation": ("ddp", {}, 2),
     "fsdp, weighted rows": ("fsdp", {}, 1),
+    "ddp, shared prefixes, accumulation": ("ddp", {}, 2),
+    "fsdp, shared prefixes, weighted rows": ("fsdp", {"activation_checkpointing": "selective"}, 1),
     "fsdp": ("fsdp", {}, 1),
     "fsdp, weights kept until backward": ("fsdp", {"reshard_after_forward": False}, 1),
     "fsdp, full activation checkpointing": ("fsdp", {"activation_checkpointing": "full"}, 1),
@@ -67,6 +69,7 @@ def train_all(
             rows_of(name),
             batch_size=batch_size,
             accumulation=accumulation,
+            share_prefixes="shared prefixes" in name,
             **options(optimizer),
         )
     return results

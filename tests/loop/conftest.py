@@ -123,6 +123,7 @@ def build_hand_run(
         "max_steps_per_epoch": None,
         "max_grad_norm": 1.0,
         "optimizer_in_backward": False,
+        "share_prefixes": False,
         "measure_lost_updates": False,
         "profile_steps": None,
     }
@@ -143,6 +144,7 @@ def build_hand_run(
         dp_rank=parallel.dp_rank,
         dp_size=parallel.dp_size,
         pad_id=0,
+        share_prefixes=settings.share_prefixes,
     )
     fill = random_weights(seed) if checkpoint is None else weights_in(checkpoint)
     model = build_model(model_config, fill, numbers, parallel)
@@ -168,7 +170,7 @@ def build_hand_run(
         parallel=parallel,
         evaluator=None,
         log=lambda metrics, step: lines.append({"step": step, **metrics}),
-        step_flops=lambda lengths: float(sum(lengths)),
+        step_flops=lambda lengths, n_shared: float(sum(lengths) - n_shared),
         peak_flops=1e12,
     )
     return HandRun(run, lines)

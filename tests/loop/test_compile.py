@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ def compiled(hand_run: Callable[..., HandRun]) -> Any:
 
     def build(rows: Rows, **options: Any) -> HandRun:
         made = hand_run(rows, **options)
-        compile_blocks(made.run.state.model, varying=True, batch_size=made.run.trainer.batch_size)
+        size = 1 if made.run.trainer.share_prefixes else made.run.trainer.batch_size
+        compile_blocks(made.run.state.model, varying=True, batch_size=size)
         return made
 
     yield build
@@ -92,6 +94,37 @@ def test_compiled_packed_rows_train_as_plain_ones_do(hand_run, compiled, recompu
     assert made.losses == pytest.approx(plain.losses, rel=1e-5)
     assert n_graphs() == 1
     assert not counters["graph_break"]
+
+
+class Templated(Packs):
+    """The same, whose documents begin alike; every fifth pack has one document, which begins otherwise."""
+
+    def sample(self, index: int) -> Any:
+        pack = super().sample(index)
+        beginning = np.full(4 + 3 * (index % 5 == 0), 100 - (index % 5 == 0))
+        documents = [
+            replace(d, tokens=np.append(beginning, d.tokens), trained=np.append(beginning < 0, d.trained))
+            for d in pack.samples
+        ]
+        return Pack(documents[:1] if index % 5 == 0 else documents, 128)
+
+
+@pytest.mark.parametrize("recomputed", ["none", pytest.param("selective", marks=pytest.mark.slow)])
+def test_compiled_folded_rows_train_as_plain_whole_ones_do(hand_run, compiled, recomputed):
+    options: dict[str, Any] = {"max_steps": 40, "lr": 0.3}
+    rows = Templated(21)  # the last of an epoch is alone in its batch, and has nothing to share
+    made = compiled(rows, parallel=OneRank(CPU, activation_checkpointing=recomputed), share_prefixes=True, **options)
+    plain = hand_run(rows, **options)
+    fit(made.run)
+    fit(plain.run)
+    assert made.losses == pytest.approx(plain.losses, rel=3e-4)
+    assert n_graphs() == 1
+    assert not counters["graph_break"]
+    assert all(line["perf/padding_frac"] == 0 for line in made.lines)
+    shared = [line["perf/shared_frac"] for line in made.lines]
+    assert max(shared) > 0.3
+    assert min(shared) < 0.1
+    assert "perf/shared_frac" not in plain.lines[0]
 
 
 def test_the_compiled_loss_is_the_plain_one_and_compiled_once_for_all_numbers_of_targets():

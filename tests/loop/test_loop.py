@@ -19,6 +19,7 @@ LENGTHS = {
     "max_steps_per_epoch": None,
     "max_grad_norm": None,
     "optimizer_in_backward": False,
+    "share_prefixes": False,
     "measure_lost_updates": False,
     "profile_steps": None,
     "log_every_steps": 1,
