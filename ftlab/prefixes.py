@@ -54,10 +54,10 @@ class Take:
 
 @dataclass(frozen=True)
 class Tree:
-    """Documents one after the other, N tokens in all, as U nodes; M of these are targets.
+    """Documents one after the other, in N places, as U nodes; M of these are targets.
 
     Attributes:
-        tokens: the documents' N tokens, of nodes.
+        tokens: the documents' tokens, of nodes.
         nodes: nodes, of the documents' tokens: the first that is each of them.
         parents: the node before each target, which has to predict it.
     """
@@ -90,13 +90,15 @@ class Folded:
     weights: np.ndarray
 
 
-def fold(documents: Sequence[np.ndarray], trained: Sequence[np.ndarray]) -> Folded:
+def fold(documents: Sequence[np.ndarray], trained: Sequence[np.ndarray], n_places: int) -> Folded:
     """Find what ``documents`` begin with in common.
 
     Args:
         documents: token ids, none empty.
         trained: how much each of these tokens counts as a target: bool, or numbers that are not negative. The first
             of a document never counts.
+        n_places: N, at least as many as the documents have tokens. Those left over, at the end, hold the first node,
+            and nothing reads them.
     """
     documents = [document.astype(np.int64, copy=False) for document in documents]
     # By their bytes, which is no order of numbers, but brings together what begins alike.
@@ -113,13 +115,14 @@ def fold(documents: Sequence[np.ndarray], trained: Sequence[np.ndarray]) -> Fold
 
     node_of = np.concatenate(paths)
     first = np.unique(node_of, return_index=True)[1]
+    places = np.pad(node_of, (0, n_places - len(node_of)))
     tokens = np.concatenate([documents[i] for i in order])[first]
     counts = np.concatenate([np.concatenate([[0], trained[i][1:]]) for i in order])
     weights = np.bincount(node_of, counts, minlength=n_nodes)
     targets = np.flatnonzero(weights)
     tree = Tree(
-        tokens=Take.of(node_of, n_nodes),
-        nodes=Take.of(first, len(node_of)),
+        tokens=Take.of(places, n_nodes),
+        nodes=Take.of(first, n_places),
         parents=Take.of(node_of[first[targets] - 1], n_nodes),
     )
     return Folded(order, tree, tokens, tokens[targets], weights[targets].astype(np.float32))

@@ -73,9 +73,8 @@ def assemble_run(
     if config["compile"]:
         # Packed rows are all as long, and an epoch's last batch has fewer of them. Kernels for any number are as
         # quick on a CPU, where another compilation would take 15 s; on CUDA that was not measured.
-        folded = trainer.share_prefixes  # one row, whose length varies
-        varying = folded or not is_packed(config) or worker.device.type == "cpu"
-        compile_blocks(model, varying=varying, batch_size=1 if folded else trainer.batch_size)
+        varying = not is_packed(config) or worker.device.type == "cpu"
+        compile_blocks(model, varying=varying, batch_size=1 if trainer.share_prefixes else trainer.batch_size)
         loss = loss.compiled()
     if worker.device.type == "cpu":
         attend_with(_own_kernel(config["paths"]["cache_dir"]) if config["compile"] else None)

@@ -63,7 +63,8 @@ class Batch:
         weights: (B, T) float32, how much each counts, 0 where there is no target; None where each counts 1.
             Folded (M,), each as much as in all samples together.
         doc_ids: (B, T) int64 in packed batches: the number of each token's sample in its row, padding having one of
-            its own; None where every row is one sample. Folded (1, N): of all samples' tokens one after the other.
+            its own; None where every row is one sample. Folded (1, N): of all samples' tokens one after the other,
+            and of what packs have left over.
         tree: of a folded batch.
 
     The counts are host integers taken when the batch is made: asking the device would block on it.
@@ -170,7 +171,9 @@ def collate_folded(rows: Sequence[Sample | Pack]) -> Batch:
     """
     samples = [sample for row in rows for sample in _samples_of(row)]
     lengths = [len(sample.tokens) for sample in samples]
-    folded = fold([sample.tokens for sample in samples], [sample.trained for sample in samples])
+    n_places = sum(row.length if isinstance(row, Pack) else len(row.tokens) for row in rows)  # attention's shapes stay
+    folded = fold([sample.tokens for sample in samples], [sample.trained for sample in samples], n_places)
+    in_order = [lengths[i] for i in folded.order]
     trained = np.concatenate([sample.trained[1:] for sample in samples])
     n_targets = int(np.count_nonzero(trained))
     weighted = any(_is_weighted(sample) for sample in samples)
@@ -181,7 +184,7 @@ def collate_folded(rows: Sequence[Sample | Pack]) -> Batch:
         lengths=lengths,
         n_targets=n_targets,
         total_weight=total(trained.astype(np.float32, copy=False)) if weighted else n_targets * ONE,
-        doc_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), [lengths[i] for i in folded.order]))[None],
+        doc_ids=torch.from_numpy(np.repeat(np.arange(len(samples) + 1), [*in_order, n_places - sum(lengths)]))[None],
         weights=torch.from_numpy(folded.weights),
         tree=folded.tree,
     )

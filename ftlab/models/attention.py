@@ -128,7 +128,7 @@ class Folded:
     Called with q, k and v of the tree's nodes, (1, heads, U, head_dim) each; returns as much as q.
 
     Args:
-        documents: of the tree's N tokens.
+        documents: in the tree's N places.
     """
 
     def __init__(self, documents: Documents, tree: Tree):

@@ -62,14 +62,17 @@ def loss_and_gradients(model, batch, loss) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(made=documents(), seed=st.integers(0, 2**31), weighted=st.booleans())
-def test_the_nodes_are_the_distinct_beginnings_and_count_what_their_documents_do(made, seed, weighted):
+@given(made=documents(), seed=st.integers(0, 2**31), weighted=st.booleans(), n_over=st.integers(0, 5))
+def test_the_nodes_are_the_distinct_beginnings_and_count_what_their_documents_do(made, seed, weighted, n_over):
     samples = samples_of(made, seed, weighted=weighted)
-    folded = fold([sample.tokens for sample in samples], [sample.trained for sample in samples])
+    n_tokens = sum(map(len, made))
+    folded = fold([sample.tokens for sample in samples], [sample.trained for sample in samples], n_tokens + n_over)
     assert sorted(folded.order) == list(range(len(made)))
 
     begin = [tuple(made[i][: n + 1]) for i in folded.order for n in range(len(made[i]))]
-    nodes = folded.tree.tokens.rows.tolist()
+    nodes, over = folded.tree.tokens.rows.split([n_tokens, n_over])
+    assert not over.any()
+    nodes = nodes.tolist()
     beginning = dict(zip(nodes, begin, strict=True))
     assert len(folded.tokens) == len(set(begin)) == len(set(nodes))
     assert [beginning[node] for node in nodes] == begin, "a node is one beginning"
