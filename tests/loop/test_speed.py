@@ -35,9 +35,10 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])
-def test_only_logged_steps_ask_the_device(hand_run, precision):
-    run = hand_run(Rows(60), max_steps=10, log_every_steps=4, precision=precision, accumulation=2).run
+@pytest.mark.parametrize(("precision", "share_prefixes"), [("fp32", False), ("fp32", True), ("bf16_mixed", False)])
+def test_only_logged_steps_ask_the_device(hand_run, precision, share_prefixes):
+    options: dict[str, Any] = {"max_steps": 10, "log_every_steps": 4, "accumulation": 2}
+    run = hand_run(Rows(60), precision=precision, share_prefixes=share_prefixes, **options).run
     with Asked(run) as asked:
         fit(run)
     assert asked.steps <= {0, 1, 4, 8, 10}  # 0: within the first step, which is logged; 1: after it; and so on
