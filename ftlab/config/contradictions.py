@@ -105,7 +105,7 @@ def _packing(values: Values) -> Iterator[ConfigError]:
             yield ConfigError(key, f"{value}, but model=hf cannot keep packed documents apart", override(key, "none"))
     shared = "trainer.share_prefixes"
     if values.get(shared) is True:
-        yield ConfigError(shared, "true, but model=hf cannot put documents together", override(shared, False))
+        yield ConfigError(shared, "true, but model=hf computes every row whole", override(shared, False))
 
 
 def _mixture(values: Values) -> Iterator[ConfigError]:

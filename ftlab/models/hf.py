@@ -177,7 +177,7 @@ class HFTransformer(nn.Module):
         """As ``Transformer.forward``, but without packed rows; transformers makes the logits, capped and
         scaled as the model has it, so the loss is asked for its ``of_logits``."""
         if tree is not None:
-            problem = "true, but model=hf cannot put documents together"
+            problem = "true, but model=hf computes every row whole"
             raise ConfigError("trainer.share_prefixes", problem, "trainer.share_prefixes=false")
         if doc_ids is not None:
             raise ConfigError(

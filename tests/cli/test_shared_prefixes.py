@@ -33,5 +33,5 @@ def test_a_run_trains_as_without_and_goes_on_with_the_same_bits(tiny_run, packin
 
 
 def test_a_model_of_transformers_is_refused_before_anything_is_read(tiny_run):
-    with pytest.raises(ConfigErrors, match=r"trainer\.share_prefixes: true, but model=hf cannot"):
+    with pytest.raises(ConfigErrors, match=r"trainer\.share_prefixes: true, but model=hf computes every row whole"):
         tiny_run("model=hf", "model.checkpoint=nowhere", "trainer.share_prefixes=true")
