@@ -168,11 +168,11 @@ def rehearse(
         run.clock.on_enter = live.enter
         gradients = _GradientBytes(model, kept=not optimizer_in_backward)
         _cut_backward(model, live)
+        make_batch = _folded if share_prefixes else _batch
         first_phase_of = {"load": 0}
         for step in ("first step", "later steps"):
             first_phase_of[step] = len(live.phases)
-            batch = _folded(shapes.training) if share_prefixes else _batch(shapes.training)
-            train_step(run, [batch] * min(shapes.n_micro_batches, 2))
+            train_step(run, [make_batch(shapes.training)] * min(shapes.n_micro_batches, 2))
         first_phase_of["evaluation"] = len(live.phases)
         _evaluate(run, shapes, live)
         first_phase_of["save"] = len(live.phases)
