@@ -8,7 +8,7 @@ from ftlab.config.check import check_command_line
 from ftlab.errors import ConfigErrors
 from ftlab.jobs import launch
 
-ROWS = "loss=chunked_cross_entropy", "evaluation.n_samples=0", "scheduler=constant", "trainer.max_steps=6"
+ROWS = "loss=chunked_cross_entropy", "dataset.val_fraction=0", "scheduler=constant", "trainer.max_steps=6"
 
 
 @pytest.mark.parametrize("packing", ["none", "best_fit"])
