@@ -122,7 +122,7 @@ class Documents:
         return answer
 
 
-class Folded:
+class FoldedDocuments:
     """Documents of which what they begin with in common is computed once: they are put together, and attended to.
 
     Called with q, k and v of the tree's nodes, (1, heads, U, head_dim) each; returns as much as q.

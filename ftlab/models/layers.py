@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ftlab.models.rotary import Rotation
 
-# Queries, keys and values, (B, heads, T, head_dim) each, to what is attended to: `Causal` or `Documents`.
+# Queries, keys and values, (B, heads, T, head_dim) each, to what is attended to: a class of `attention.py`.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

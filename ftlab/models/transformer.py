@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ftlab import IGNORE_INDEX
 from ftlab.errors import ConfigError
 from ftlab.models import hf_layout
-from ftlab.models.attention import Causal, Documents, Folded
+from ftlab.models.attention import Causal, Documents, FoldedDocuments
 from ftlab.models.config import ModelConfig
 from ftlab.models.families import FAMILIES
 from ftlab.models.layers import Attend, Attention, KVCache, LayerCache, RMSNorm, SwiGLU
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
             assert cache is None, "generation does not pack"
             attend = Documents(doc_ids, self.config.sliding_window)
             if tree is not None:
-                attend = Folded(attend, tree)
+                attend = FoldedDocuments(attend, tree)
             rotation = self.rotary(attend.positions)
         x = self.embedding(tokens)
         for i, block in enumerate(self.blocks):
