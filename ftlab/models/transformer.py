@@ -110,7 +110,7 @@ class Transformer(nn.Module):
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
-        if tree is None and end > self.config.max_seq_len:
+        if tree is None and end > self.config.max_seq_len:  # a tree may have more nodes than a document tokens
             raise ConfigError(
                 "seq_len",
                 f"a sequence of {end} tokens is longer than model.max_seq_len={self.config.max_seq_len}",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ftlab.config.check import compose_config
+from ftlab.config.check import check_command_line, compose_config
 from ftlab.jobs import launch
 
 SMALL = ("model.dim=32", "model.n_layers=1", "model.ffn_hidden_dim=64", "dataset.max_samples=40")
@@ -34,6 +34,12 @@ class FinishedRun:
     @property
     def losses(self) -> list[float]:
         return [line["train/loss"] for line in self.lines if "train/loss" in line]
+
+    def go_on(self, *overrides: str) -> int:
+        """Resume it in this process; the exit code."""
+        config = check_command_line([f"resume={self.folder}", *overrides])
+        assert config is not None
+        return launch(config, own_process=False)
 
 
 @pytest.fixture

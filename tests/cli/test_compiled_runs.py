@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from ftlab.config.check import check_command_line
-from ftlab.jobs import launch
 from ftlab.models.cpu_attention import attend_with
 
 
@@ -32,9 +30,7 @@ def test_a_compiled_run_trains_as_a_plain_one_and_goes_on_with_the_same_bits(tin
 
     resumed = tiny_run(*PACKED, "trainer.max_steps=2", "compile=true", name="resumed")
     assert resumed.exit_code == 0
-    config = check_command_line([f"resume={resumed.folder}", "trainer.max_steps=4"])
-    assert config is not None
-    assert launch(config, own_process=False) == 0
+    assert resumed.go_on("trainer.max_steps=4") == 0
     assert resumed.losses == straight.losses
     exports = [
         {file.name: file.read_bytes() for file in (run.folder / "export").glob("*.safetensors")}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ftlab.config.check import check_command_line
 from ftlab.errors import ConfigErrors
-from ftlab.jobs import launch
 
 ROWS = "loss=chunked_cross_entropy", "dataset.val_fraction=0", "scheduler=constant", "trainer.max_steps=6"
 
@@ -26,9 +24,7 @@ def test_a_run_trains_as_without_and_goes_on_with_the_same_bits(tiny_run, packin
 
     stopped = tiny_run(*rows, "trainer.share_prefixes=true", "trainer.max_steps=3", name="stopped")
     assert stopped.exit_code == 0
-    config = check_command_line([f"resume={stopped.folder}", "trainer.max_steps=6"])
-    assert config is not None
-    assert launch(config, own_process=False) == 0
+    assert stopped.go_on("trainer.max_steps=6") == 0
     assert stopped.losses == shared.losses
 
 
