@@ -21,7 +21,7 @@ from torch import Tensor
 from ftlab.distributed.env import keep_freed_memory
 from ftlab.models.attention import Causal, Documents
 from ftlab.models.cpu_attention import attend_with
-from ftlab.models.cpu_kernel import ShortDocuments, compile_into
+from ftlab.models.cpu_kernel import DocumentKernel, compile_into
 from ftlab.models.cpu_products import speed_up_products
 
 N_ROWS, N_TOKENS, N_HEADS, N_KV_HEADS, HEAD_DIM = 2, 2048, 9, 3, 64
@@ -53,7 +53,7 @@ def main() -> None:
     keep_freed_memory()  # both as in a run
     with tempfile.TemporaryDirectory() as folder:
         compile_into(Path(folder))
-        own = ShortDocuments(Path(folder))
+        own = DocumentKernel(Path(folder))
     columns = "document", "dtype", "unpacked", "masked", "by document", "own kernel"
     print("".join(f"{column:>12}" for column in columns), "  (ms)")
     for length in (64, 128, 256, 512, 2048):

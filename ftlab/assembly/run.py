@@ -104,12 +104,12 @@ def assemble_run(
     )
 
 
-def _own_kernel(cache_dir: str | None) -> cpu_kernel.ShortDocuments | None:
+def _own_kernel(cache_dir: str | None) -> cpu_kernel.DocumentKernel | None:
     """The attention kernel compiled for this machine; None, and a warning, where that cannot be."""
     try:
         key = key_of(cpu_kernel.decided_by())
         folder = cached(cache_folder(cache_dir), "kernels", key, cpu_kernel.compile_into)
-        return cpu_kernel.ShortDocuments(folder)
+        return cpu_kernel.DocumentKernel(folder)
     except (cpu_kernel.CompilerError, OSError) as error:  # another compiler than GCC; a cache that must not be run from
         _log.warning("attention: torch's kernel, for ours cannot be had here: %s", error)
         return None

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftlab.models.cpu_kernel import ShortDocuments
+from ftlab.models.cpu_kernel import DocumentKernel
 from ftlab.models.cpu_products import multiplied_by_mkl, multiplied_by_onednn
 
 _aten = torch.ops.aten
 LONG = 192  # tokens of a document from which on it may be computed in blocks
 _BLOCK = 128  # queries of a block: with all their keys, its scores stay in the cache
 
-_own_kernel: ShortDocuments | None = None
+_own_kernel: DocumentKernel | None = None
 
 
-def attend_with(kernel: ShortDocuments | None) -> None:
+def attend_with(kernel: DocumentKernel | None) -> None:
     """Let ``kernel`` compute what it takes, in this process from now on."""
     global _own_kernel
     _own_kernel = kernel
@@ -93,9 +93,10 @@ def _backward(
 
 def way_of(dtype: torch.dtype, n_tokens: int, window: int | None) -> str:
     """How a document of ``n_tokens`` is computed: "blocks", "own" or "flash"."""
-    if n_tokens >= LONG and multiplied_by_onednn(dtype):
+    own = _own_kernel is not None and _own_kernel.takes(dtype, n_tokens, window)
+    if n_tokens >= LONG and multiplied_by_onednn(dtype) and not (own and dtype == torch.bfloat16):
         return "blocks"
-    return "own" if _own_kernel is not None and _own_kernel.takes(dtype, n_tokens, window) else "flash"
+    return "own" if own else "flash"
 
 
 def cpu_kernel_name(dtype: torch.dtype, most_tokens: int, window: int | None) -> str:

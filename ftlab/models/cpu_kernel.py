@@ -1,4 +1,4 @@
-"""The kernel of ``short_documents.cpp``: compiled for this machine by its C++ compiler, and called."""
+"""The kernel of ``kernels/attention.cpp``: compiled for this machine by its C++ compiler, and called."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import ctypes
 import os
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("short_documents.cpp")
-_LIBRARY = "short_documents.so"
+_SOURCES = Path(__file__).with_name("kernels")
+_LIBRARY = "attention.so"
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 _SIZES = "n_documents", "n_tokens", "n_heads", "n_kv_heads", "head_dim", "n_threads"
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -26,13 +27,13 @@ class _Documents(ctypes.Structure):
 
 
 def decided_by() -> list[str]:
-    """All that decides what the compiled kernel is: its source, the compiler, and the CPU as this one sees it.
+    """All that decides what the compiled kernel is: its sources, the compiler, and the CPU as this one sees it.
 
     Raises:
         CompilerError: when there is no compiler.
     """
     macros = _compile("-dM", "-E", "-x", "c++", "/dev/null")
-    return [_SOURCE.read_text(encoding="utf-8"), " ".join(_FLAGS), macros]
+    return [*(path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())), " ".join(_FLAGS), macros]
 
 
 def compile_into(folder: Path) -> None:
@@ -41,7 +42,7 @@ def compile_into(folder: Path) -> None:
     Raises:
         CompilerError: when that fails.
     """
-    _compile(str(_SOURCE), "-o", str(folder / _LIBRARY))
+    _compile(str(_SOURCES / "attention.cpp"), "-o", str(folder / _LIBRARY))
 
 
 def _compile(*arguments: str) -> str:
@@ -56,8 +57,8 @@ def _compile(*arguments: str) -> str:
     return done.stdout
 
 
-class ShortDocuments:
-    """Attention within documents whose scores fit into a core's cache.
+class DocumentKernel:
+    """Attention within documents of float32 or bfloat16.
 
     Heads are (B, H, T, D), in memory (B, T, H, D); ``bounds`` (N, 2) int64 are the begins and ends of documents among
     the B*T tokens.
@@ -66,14 +67,15 @@ class ShortDocuments:
         folder: where it was compiled into.
     """
 
-    MOST_TOKENS = 512  # of a document, whose gradients then take 3.6 MB of cache; from 1,024 on torch is as fast
+    # Of a document. float32: its gradients then take 3.6 MB of cache; from 1,024 on torch is as fast.
+    MOST_TOKENS: ClassVar = {torch.float32: 512, torch.bfloat16: 4096}
 
     def __init__(self, folder: Path):
         self._library = ctypes.CDLL(str(folder / _LIBRARY))
 
     def takes(self, dtype: torch.dtype, n_tokens: int, window: int | None) -> bool:
         """Whether it computes documents of ``n_tokens``."""
-        return dtype in _DTYPES and n_tokens <= self.MOST_TOKENS and (window is None or window >= n_tokens)
+        return n_tokens <= self.MOST_TOKENS.get(dtype, 0) and (window is None or window >= n_tokens)
 
     def attend(self, bounds: Tensor, q: Tensor, k: Tensor, v: Tensor, answer: Tensor, log_sums: Tensor) -> None:
         """Fill the documents' part of ``answer``, and of ``log_sums`` (H, B*T), from q, k and v."""

@@ -20,9 +20,9 @@ from ftlab.models import cpu_attention, cpu_kernel
 from ftlab.models.attention import Causal, Documents
 from ftlab.models.compiled import require_compiler
 from ftlab.models.cpu_attention import attend_by_document, attend_with, cpu_kernel_name, way_of
-from ftlab.models.cpu_kernel import ShortDocuments, compile_into
+from ftlab.models.cpu_kernel import DocumentKernel, compile_into
 
-MOST = ShortDocuments.MOST_TOKENS
+MOST = DocumentKernel.MOST_TOKENS[torch.float32]
 
 
 # As wide as the registers of this CPU, of AVX-512 (-O1: emulated, optimising takes minutes), of any x86-64.
@@ -30,20 +30,20 @@ WIDTHS = {"native": [], "16 floats": ["-D__AVX512F__", "-O1"], "4 floats": ["-ma
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ShortDocuments]:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DocumentKernel]:
     @cache
-    def compiled(width: str) -> ShortDocuments:
+    def compiled(width: str) -> DocumentKernel:
         folder = tmp_path_factory.mktemp("kernel")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu_kernel, "_FLAGS", [*cpu_kernel._FLAGS, *WIDTHS[width]])
             compile_into(folder)
-        return ShortDocuments(folder)
+        return DocumentKernel(folder)
 
     return compiled
 
 
 @pytest.fixture(autouse=True)
-def own_kernel(kernels: Callable[[str], ShortDocuments], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_kernel(kernels: Callable[[str], DocumentKernel], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For every test here; documents that oneDNN would take in blocks, too."""
     monkeypatch.setattr(cpu_attention, "multiplied_by_onednn", lambda dtype: False)
     attend_with(kernels("native"))

@@ -3,94 +3,33 @@
 // Products of so small matrices are mostly overhead for a library that is called for each. Here one thread does all of
 // one document and one key head in its own memory, small enough for its cache, and computes nothing above the diagonal
 // but what fills a tile. Every document's numbers depend on itself alone, not on its place in a row or on threads.
-//
-// Compiled by cpu_kernel.py for the machine that it runs on; GCC's vector extensions make it AVX2, AVX-512 or NEON.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <memory>
+#pragma once
 
+#include "vectors.h"
+
+namespace float32 {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 12;  // floats of a register; rows of a tile: its sums fill most of the registers
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kRows = 6;
-#else
-constexpr int kLanes = 4, kRows = 6;
-#endif
-constexpr int kVectors = 2, kColumns = kVectors * kLanes;  // of a tile
+constexpr int kRows = kLanes == 16 ? 12 : 6;  // of a tile: its sums fill most of the registers
 
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-inline void store(float* to, Vector x) { *reinterpret_cast<Vector*>(to) = x; }
-inline int padded(int n) { return (n + kColumns - 1) / kColumns * kColumns; }
-
-// ---- bfloat16 and float, in memory and in registers
-
-struct BFloat16 {
-  uint16_t bits;
+struct NoScope {
+  NoScope() {}
 };
 
-inline float widened(float x) { return x; }
-inline float widened(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
-
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, BFloat16* to) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  to->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+inline int padded(int n) { return rounded_up(n, kColumns); }
 
 // n rows of `width` numbers that lie `stride` apart -> rows of `padded(width)` floats, zeros behind.
-template <typename T>
-void read(const T* from, int64_t stride, int n, int width, float* to) {
+void read(const float* from, int64_t stride, int n, int width, float* to) {
   for (int i = 0; i < n; i++, from += stride, to += padded(width)) {
-    for (int j = 0; j < width; j++) to[j] = widened(from[j]);
+    for (int j = 0; j < width; j++) to[j] = from[j];
     std::fill(to + width, to + padded(width), 0.0f);
   }
 }
 
-template <typename T>
-void write(const float* from, int n, int width, float scale, T* to, int64_t stride) {
+void write(const float* from, int n, int width, float scale, float* to, int64_t stride) {
   for (int i = 0; i < n; i++, from += padded(width), to += stride)
-    for (int j = 0; j < width; j++) narrow(from[j] * scale, to + j);
-}
-
-// n rows of `width` floats -> `width` rows of `padded(n)`, zeros behind; width is a multiple of kColumns.
-void transpose(const float* from, int n, int width, float* to) {
-  Integers low, high;  // the lower, or the upper, halves of two vectors in turns
-  for (int lane = 0; lane < kLanes; lane++) {
-    low[lane] = lane / 2 + lane % 2 * kLanes;
-    high[lane] = low[lane] + kLanes / 2;
-  }
-  for (int i = 0; i < padded(n); i += kLanes)
-    for (int j = 0; j < width; j += kLanes) {
-      Vector rows[kLanes], mixed[kLanes];
-      for (int lane = 0; lane < kLanes; lane++)
-        rows[lane] = i + lane < n ? load(from + (i + lane) * width + j) : Vector{};
-#pragma GCC unroll 4
-      for (int n_mixed = 1; n_mixed < kLanes; n_mixed *= 2) {  // the first half of the rows with the second, in turns
-#pragma GCC unroll 16
-        for (int pair = 0; pair < kLanes / 2; pair++) {
-          mixed[2 * pair] = __builtin_shuffle(rows[pair], rows[pair + kLanes / 2], low);
-          mixed[2 * pair + 1] = __builtin_shuffle(rows[pair], rows[pair + kLanes / 2], high);
-        }
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes; lane++) rows[lane] = mixed[lane];
-      }
-      for (int lane = 0; lane < kLanes; lane++) store(to + (j + lane) * padded(n) + i, rows[lane]);
-    }
+    for (int j = 0; j < width; j++) to[j] = from[j] * scale;
 }
 
 // ---- products
@@ -140,37 +79,12 @@ void multiply(int n_rows, int n_columns, Left a, const float* b, int64_t b_row, 
 
 // ---- softmax
 
-// e^x for x <= 0, to 2 units in the last place; what is below e^-87 is that, NaN stays.
-inline Vector exponential(Vector x) {
-  const Vector least = Vector{} - 87.0f;
-  x = x < least ? least : x;
-  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
-  const Vector shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  const Vector r = x - n * 0.693145752f - n * 1.42860677e-6f;  // ln 2 in two parts: x = n ln 2 + r, |r| <= ln 2 / 2
-  Vector y = Vector{} + 1.9875691500e-4f;  // Cephes' expf
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const Integers power = (reinterpret_cast<Integers>(shifted) - (0x4b400000 - 127)) << 23;  // the bits of 2^n
-  return y * reinterpret_cast<Vector>(power);
-}
-
-inline float sum_of(Vector x) {
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; lane++) sum += x[lane];
-  return sum;
-}
-
 // Scores of a query -> their softmax over the first `n`, zeros up to `width`; returns log sum e^score.
 float softmax(float* scores, int n, int width) {
   std::fill(scores + n, scores + width, -std::numeric_limits<float>::infinity());
   Vector tops = load(scores), sums{};
   for (int j = kLanes; j < width; j += kLanes) tops = load(scores + j) > tops ? load(scores + j) : tops;
-  float top = tops[0];
-  for (int lane = 1; lane < kLanes; lane++) top = std::max(top, tops[lane]);
+  const float top = largest_of(tops);
   for (int j = 0; j < width; j += kLanes) {
     const Vector e = exponential(load(scores + j) - top);
     store(scores + j, e);
@@ -182,44 +96,17 @@ float softmax(float* scores, int n, int width) {
   return top + std::log(sum);
 }
 
-}  // namespace
-
-// Where documents are among the tokens, and how wide a token is: (n_tokens, heads, head_dim) in memory.
-struct Documents {
-  const int64_t* bounds;  // begin and end of each, (n_documents, 2)
-  int64_t n_documents, n_tokens, n_heads, n_kv_heads, head_dim, n_threads;
-};
-
-namespace {
-
-template <typename Work>
-void for_each(const Documents& all, int (*floats)(int n, int width), Work work) {
-  const int width = padded(all.head_dim), n_items = all.n_documents * all.n_kv_heads;
-  int longest = 0;
-  for (int i = 0; i < all.n_documents; i++) longest = std::max(longest, int(all.bounds[2 * i + 1] - all.bounds[2 * i]));
-#pragma omp parallel num_threads(all.n_threads)
-  {
-    const std::unique_ptr<float[]> memory(new float[floats(longest, width)]);
-#pragma omp for schedule(dynamic)
-    for (int item = 0; item < n_items; item++) {
-      const int64_t *bounds = all.bounds + 2 * (item / all.n_kv_heads), begin = bounds[0];
-      work(begin, int(bounds[1] - begin), int(item % all.n_kv_heads), width, memory.get());
-    }
-  }
-}
-
-template <typename T>
-void attend(const Documents& all, const T* q, const T* k, const T* v, T* answer, float* log_sums) {
+void attend(const Documents& all, const float* q, const float* k, const float* v, float* answer, float* log_sums) {
   const int64_t dim = all.head_dim, q_row = all.n_heads * dim, k_row = all.n_kv_heads * dim;
-  const int group = all.n_heads / all.n_kv_heads;
+  const int group = all.n_heads / all.n_kv_heads, width = padded(dim);
   const float scale = 1 / std::sqrt(float(dim));
-  const auto floats = [](int n, int width) { return (3 * n + padded(n)) * width + kRows * padded(n); };
-  for_each(all, floats, [=](int64_t begin, int n, int kv_head, int width, float* memory) {
+  const auto floats = [width](int n) { return (3 * n + padded(n)) * width + kRows * padded(n); };
+  for_each<NoScope>(all, floats, [=](int64_t begin, int n, int kv_head, float* memory) {
     const int columns = padded(n);
     float *queries = memory, *values = queries + n * width, *answers = values + n * width;
     float *keys = answers + n * width, *scores = keys + columns * width;  // keys are transposed
     read(k + begin * k_row + kv_head * dim, k_row, n, dim, values);
-    transpose(values, n, width, keys);
+    transpose(values, n, width, keys, columns);
     read(v + begin * k_row + kv_head * dim, k_row, n, dim, values);
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
       read(q + begin * q_row + head * dim, q_row, n, dim, queries);
@@ -238,23 +125,22 @@ void attend(const Documents& all, const T* q, const T* k, const T* v, T* answer,
   });
 }
 
-template <typename T>
-void differentiate(const Documents& all, const T* d_answer, const T* q, const T* k, const T* v, const T* answer,
-                   const float* log_sums, T* d_q, T* d_k, T* d_v) {
+void differentiate(const Documents& all, const float* d_answer, const float* q, const float* k, const float* v,
+                   const float* answer, const float* log_sums, float* d_q, float* d_k, float* d_v) {
   const int64_t dim = all.head_dim, q_row = all.n_heads * dim, k_row = all.n_kv_heads * dim;
-  const int group = all.n_heads / all.n_kv_heads;
+  const int group = all.n_heads / all.n_kv_heads, width = padded(dim);
   const float scale = 1 / std::sqrt(float(dim));
-  const auto floats = [](int n, int width) { return (6 * n + kRows + 2 * padded(n)) * width + 2 * n * padded(n); };
-  for_each(all, floats, [=](int64_t begin, int n, int kv_head, int width, float* memory) {
+  const auto floats = [width](int n) { return (6 * n + kRows + 2 * padded(n)) * width + 2 * n * padded(n); };
+  for_each<NoScope>(all, floats, [=](int64_t begin, int n, int kv_head, float* memory) {
     const int columns = padded(n);
     float *keys = memory, *queries = keys + n * width, *given = queries + n * width;  // given: gradients by answers
     float *by_query = given + n * width, *by_key = by_query + n * width, *by_value = by_key + n * width;
     float *answers = by_value + n * width, *keys_t = answers + kRows * width, *values_t = keys_t + columns * width;
     float *probabilities = values_t + columns * width, *by_score = probabilities + n * columns;
     read(v + begin * k_row + kv_head * dim, k_row, n, dim, keys);
-    transpose(keys, n, width, values_t);
+    transpose(keys, n, width, values_t, columns);
     read(k + begin * k_row + kv_head * dim, k_row, n, dim, keys);
-    transpose(keys, n, width, keys_t);
+    transpose(keys, n, width, keys_t, columns);
     std::fill(by_key, by_key + 2 * n * width, 0.0f);  // and by_value
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
       const int64_t place = begin * q_row + head * dim;
@@ -298,14 +184,4 @@ void differentiate(const Documents& all, const T* d_answer, const T* q, const T*
 }
 
 }  // namespace
-
-#define FOR_DTYPE(T, name)                                                                                         \
-  extern "C" void attend_##name(const Documents* all, const T* q, const T* k, const T* v, T* answer, float* sums) { \
-    attend(*all, q, k, v, answer, sums);                                                                           \
-  }                                                                                                                \
-  extern "C" void differentiate_##name(const Documents* all, const T* d_answer, const T* q, const T* k, const T* v, \
-                                       const T* answer, const float* sums, T* d_q, T* d_k, T* d_v) {                \
-    differentiate(*all, d_answer, q, k, v, answer, sums, d_q, d_k, d_v);                                           \
-  }
-FOR_DTYPE(float, float32)
-FOR_DTYPE(BFloat16, bfloat16)
+}  // namespace float32
