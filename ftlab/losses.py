@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftlab import IGNORE_INDEX
+from ftlab.shapes import rounded_up
 
 # Logits whose softmax is taken at once, in float32: on a CPU they stay in its cache, on a GPU they bound the memory.
 _SCRATCH_ON_HOST, _SCRATCH_ON_GPU = 2**20, 2**26
@@ -180,17 +181,20 @@ class _ChunkedNLL(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight: Tensor | None = None
         # Of one size whatever the number of targets, so that the next step gets the memory of this one.
-        n_rows = min(loss.chunk_tokens, -(-len(hidden) // _ROWS_TOLD_APART) * _ROWS_TOLD_APART)
-        buffer = weight.new_empty(n_rows, len(weight))
+        most_rows = min(loss.chunk_tokens, -(-len(hidden) // _ROWS_TOLD_APART) * _ROWS_TOLD_APART)
+        buffer = weight.new_empty(most_rows, len(weight))
         for start in range(0, len(hidden), loss.chunk_tokens):
             chunk = slice(start, start + loss.chunk_tokens)
-            x = hidden[chunk].to(compute)
-            some_weights = None if weights is None else weights[chunk]
-            logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
-            total += loss.to_gradient(logits, targets[chunk], some_weights)
             counts = (targets[chunk] != IGNORE_INDEX)[:, None]
-            d_hidden[chunk] = (logits @ weight).masked_fill_(~counts, 0.0)
-            part = logits.t() @ x.masked_fill(~counts, 0.0)
+            n_rows = len(counts)
+            n_more = min(rounded_up(n_rows), len(buffer)) - n_rows
+            some_weights = None if weights is None else weights[chunk]
+            x = hidden[chunk].to(compute)
+            x = F.pad(x.masked_fill(~counts, 0.0), (0, 0, 0, n_more))
+            logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
+            total += loss.to_gradient(logits[:n_rows], targets[chunk], some_weights)
+            d_hidden[chunk] = (logits @ weight)[:n_rows].masked_fill_(~counts, 0.0)
+            part = logits.t() @ x
             # Sums over chunks in float32: in bfloat16 every addition would round.
             d_weight = part if d_weight is None else d_weight.float().add_(part)
         if d_weight is None:  # no targets at all

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ftlab.shapes import rounded_up
+
 
 @dataclass(frozen=True)
 class Take:
@@ -57,18 +59,20 @@ class Tree:
     """Documents one after the other, in N places, as U nodes; M of these are targets.
 
     Attributes:
+        n_nodes: how many of the U nodes there are because a document has them; the rest, at the end, fill up.
         tokens: the documents' tokens, of nodes.
         nodes: nodes, of the documents' tokens: the first that is each of them.
         parents: the node before each target, which has to predict it.
     """
 
+    n_nodes: int
     tokens: Take
     nodes: Take
     parents: Take
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Tree:
         """The same with changed tensors: moved to a device, or pinned."""
-        return Tree(self.tokens.each(change), self.nodes.each(change), self.parents.each(change))
+        return Tree(self.n_nodes, self.tokens.each(change), self.nodes.each(change), self.parents.each(change))
 
 
 @dataclass(frozen=True)
@@ -115,15 +119,18 @@ def fold(documents: Sequence[np.ndarray], trained: Sequence[np.ndarray], n_place
 
     node_of = np.concatenate(paths)
     first = np.unique(node_of, return_index=True)[1]
+    n_all = rounded_up(n_nodes)
+    first = np.pad(first, (0, n_all - n_nodes))  # again the very first
     places = np.pad(node_of, (0, n_places - len(node_of)))
     tokens = np.concatenate([documents[i] for i in order])[first]
     counts = np.concatenate([np.concatenate([[0], trained[i][1:]]) for i in order])
     weights = np.bincount(node_of, counts, minlength=n_nodes)
     targets = np.flatnonzero(weights)
     tree = Tree(
-        tokens=Take.of(places, n_nodes),
+        n_nodes=n_nodes,
+        tokens=Take.of(places, n_all),
         nodes=Take.of(first, n_places),
-        parents=Take.of(node_of[first[targets] - 1], n_nodes),
+        parents=Take.of(node_of[first[targets] - 1], n_all),
     )
     return Folded(order, tree, tokens, tokens[targets], weights[targets].astype(np.float32))
 

@@ -49,7 +49,7 @@ class Batch:
     """A micro-batch: one sample a row, padded on the right to the longest, or packed rows of equal length.
 
     Padding on the right needs no attention mask under causal attention: no real token comes after it.
-    Folded, it is one row of all samples' nodes (``ftlab/prefixes.py``), without padding.
+    Folded, it is one row of all samples' nodes (``ftlab/prefixes.py``), with next to no padding.
 
     Attributes:
         tokens: (B, T) int64; folded (1, U).
@@ -88,12 +88,12 @@ class Batch:
     @property
     def n_padding(self) -> int:
         """Tokens that are computed and belong to no sample."""
-        return 0 if self.tree is not None else self.tokens.numel() - self.n_tokens
+        return self.tokens.numel() - (self.n_tokens if self.tree is None else self.tree.n_nodes)
 
     @property
     def n_shared(self) -> int:
         """Real tokens that are not computed, for another sample's are the same."""
-        return 0 if self.tree is None else self.n_tokens - self.tokens.numel()
+        return 0 if self.tree is None else self.n_tokens - self.tree.n_nodes
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; from pinned memory the copy overlaps with work already queued there."""

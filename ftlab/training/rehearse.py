@@ -33,6 +33,7 @@ from ftlab.models.live_bytes import LiveBytes, Phase, cuda_peaks, heap_peak, liv
 from ftlab.models.transformer import Transformer
 from ftlab.optim.groups import decay_groups
 from ftlab.prefixes import Take, Tree
+from ftlab.shapes import rounded_up
 from ftlab.training.generate import _last_logits
 from ftlab.training.loop import train_step
 from ftlab.training.run import Run
@@ -332,10 +333,16 @@ def _batch(shape: tuple[int, int]) -> Batch:
 def _folded(shape: tuple[int, int]) -> Batch:
     """The same, folded, of samples that have nothing in common."""
     batch = _batch(shape)
-    tokens, targets = batch.tokens.view(1, -1), batch.targets.flatten()
-    take = Take(rows=targets, places=targets, begins=targets)
+    targets = batch.targets.flatten()
+    nodes = targets.new_zeros(rounded_up(len(targets)))
+    tree = Tree(
+        n_nodes=len(targets),
+        tokens=Take(rows=targets, places=targets, begins=nodes),
+        nodes=Take(rows=nodes, places=nodes, begins=targets),
+        parents=Take(rows=targets, places=targets, begins=nodes),
+    )
     weights = torch.zeros(targets.shape, dtype=torch.float32)
-    return replace(batch, tokens=tokens, targets=targets, weights=weights, doc_ids=tokens, tree=Tree(take, take, take))
+    return replace(batch, tokens=nodes[None], targets=targets, weights=weights, doc_ids=targets[None], tree=tree)
 
 
 def _n_bytes(tensor: Tensor) -> int:
