@@ -29,19 +29,18 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_
 
 inline int padded(int n) { return rounded_up(n, kBlock); }
 
-// The bits of the nearest bfloat16, ties to even.
-inline Integers rounded(Vector x) {
+// The nearest bfloat16, ties to even.
+inline Halves rounded(Vector x) {
 #if defined(__AVX512BF16__)
-  return __builtin_convertvector(reinterpret_cast<Halves>(_mm512_cvtneps_pbh(x)), Integers);
+  return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(x));
 #else
   const Integers bits = reinterpret_cast<Integers>(x), odd = bits >> 16 & 1;
-  return x == x ? (bits + 0x7fff + odd) >> 16 & 0xffff : Integers{} + 0x7fc0;
+  return __builtin_convertvector(x == x ? (bits + 0x7fff + odd) >> 16 & 0xffff : Integers{} + 0x7fc0, Halves);
 #endif
 }
 
-inline void store_rounded(BFloat16* to, Vector x) {
-  *reinterpret_cast<Halves*>(to) = __builtin_convertvector(rounded(x), Halves);
-}
+inline void store_rounded(BFloat16* to, Vector x) { *reinterpret_cast<Halves*>(to) = rounded(x); }
+
 
 inline Integers load_bits(const BFloat16* from) {
   return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Integers);
@@ -64,12 +63,14 @@ void read(const BFloat16* from, int64_t stride, int n, int dim, BFloat16* to) {
 
 // n rows of `padded(dim)` floats -> rows of `dim` numbers that lie `stride` apart.
 void write(const float* from, int n, int dim, float scale, BFloat16* to, int64_t stride) {
-  for (int i = 0; i < n; i++, from += padded(dim), to += stride)
-    for (int j = 0; j < dim; j += kLanes) {
-      BFloat16 some[kLanes];
-      store_rounded(some, ::load(from + j) * scale);
-      std::memcpy(to + j, some, 2 * std::min(kLanes, dim - j));
+  const int n_whole = dim / kLanes * kLanes;
+  for (int i = 0; i < n; i++, from += padded(dim), to += stride) {
+    for (int j = 0; j < n_whole; j += kLanes) store_rounded(to + j, ::load(from + j) * scale);
+    if (n_whole < dim) {
+      const Halves last = rounded(::load(from + n_whole) * scale);
+      std::memcpy(to + n_whole, &last, 2 * (dim - n_whole));
     }
+  }
 }
 
 // (n, width) in rows -> the same matrix as a right factor.

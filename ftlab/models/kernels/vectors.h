@@ -79,16 +79,22 @@ inline Vector exponential(Vector x) {
   return y * reinterpret_cast<Vector>(power);
 }
 
+// The lanes of x, the upper half of those that are left onto the lower, until one is left.
+template <typename Join>
+inline float joined(Vector x, Join join) {
+  Integers lanes;
+  for (int lane = 0; lane < kLanes; lane++) lanes[lane] = lane;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) x = join(x, __builtin_shuffle(x, lanes ^ half));
+  return x[0];
+}
+
 inline float sum_of(Vector x) {
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; lane++) sum += x[lane];
-  return sum;
+  return joined(x, [](Vector a, Vector b) { return a + b; });
 }
 
 inline float largest_of(Vector x) {
-  float top = x[0];
-  for (int lane = 1; lane < kLanes; lane++) top = std::max(top, x[lane]);
-  return top;
+  return joined(x, [](Vector a, Vector b) { return a > b ? a : b; });
 }
 
 // Let threads share out `work(begin, n, kv_head, memory)` for each document of n tokens and each key head; every thread
