@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground up. A room is a module or a package directly under ftlab/.
 FLOORS = [
-    {"errors", "ctrl_c", "typed"},
+    {"errors", "ctrl_c", "typed", "shapes"},
     {"storage", "prefixes"},
     {"outputs", "plots"},
     {"exit_codes"},

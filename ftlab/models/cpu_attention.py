@@ -1,10 +1,10 @@
 """Causal attention on a CPU, document by document, as one operation.
 
 Its shapes do not depend on the documents, so compiled code calls it whatever they are, and autograd keeps one node for
-all of them. Documents take torch's flash kernel in float32, for in 16 bits it needs two to five times as long. Long
-ones are quicker in plain matrix products, a block of queries at a time, where oneDNN computes these
-(``cpu_products.py``), short ones in a kernel of our own, where it is compiled (``cpu_kernel.py``). Scores and softmax
-stay in float32.
+all of them. Where it is compiled, a kernel of our own (``cpu_kernel.py``) takes short documents of float32 and nearly
+all of bfloat16. Others take torch's flash kernel in float32, for in 16 bits it needs two to five times as long, or, if
+they are long and oneDNN computes these (``cpu_products.py``), plain matrix products, a block of queries at a time.
+Scores and softmax stay in float32.
 """
 
 from __future__ import annotations

@@ -67,8 +67,9 @@ class DocumentKernel:
         folder: where it was compiled into.
     """
 
-    # Of a document. float32: its gradients then take 3.6 MB of cache; from 1,024 on torch is as fast.
-    MOST_TOKENS: ClassVar = {torch.float32: 512, torch.bfloat16: 4096}
+    # Of a document. Of float32 its gradients then take 3.6 MB of cache, and from 1,024 on torch is as fast; of bfloat16
+    # a thread then has 5 to 10 MB of its own.
+    MOST_TOKENS: ClassVar = {torch.float32: 512, torch.bfloat16: 2048}
 
     def __init__(self, folder: Path):
         self._library = ctypes.CDLL(str(folder / _LIBRARY))

@@ -25,8 +25,14 @@ from ftlab.models.cpu_kernel import DocumentKernel, compile_into
 MOST = DocumentKernel.MOST_TOKENS[torch.float32]
 
 
-# As wide as the registers of this CPU, of AVX-512 (-O1: emulated, optimising takes minutes), of any x86-64.
-WIDTHS = {"native": [], "16 floats": ["-D__AVX512F__", "-O1"], "4 floats": ["-march=x86-64"]}
+# With all that this CPU has, and without its tiles; as wide as the registers of AVX-512 (-O1: emulated, optimising
+# takes minutes), of any x86-64.
+WIDTHS = {
+    "native": [],
+    "no tiles": ["-mno-amx-bf16"],
+    "16 floats": ["-D__AVX512F__", "-O1"],
+    "4 floats": ["-march=x86-64"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +179,28 @@ def test_what_it_does_not_take_is_left_to_torch():
     ids = ids_of([[20, MOST + 1, 19]])
     for one, other in zip(with_gradients(ids, q, k, v, d_answer), exact(ids, q, k, v, d_answer), strict=True):
         torch.testing.assert_close(one, other.float(), rtol=0, atol=1e-4)
+
+
+def test_long_documents_of_bfloat16_are_taken_too():
+    n_tokens = DocumentKernel.MOST_TOKENS[torch.bfloat16]
+    assert [way_of(torch.bfloat16, n, None) for n in (n_tokens, n_tokens + 1)] == ["own", "flash"]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [t.bfloat16() for t in heads_of(generator, 1, n_tokens, 2, 1, 1, 2, head_dim=64)]
+    ids = torch.zeros(1, n_tokens, dtype=torch.int64)
+    for one, other in zip(with_gradients(ids, *tensors), exact(ids, *tensors), strict=True):
+        assert (one - other).norm() <= 1e-2 * other.norm()
+
+
+def test_torchs_own_use_of_the_tiles_goes_on():
+    """Both configure the same registers of a thread, where the CPU has them."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [t.bfloat16() for t in heads_of(generator, 2, 64, 2, 2, 2, 2, head_dim=32)]
+    a, b = (torch.randn(n, 192, generator=generator).bfloat16() for n in (130, 70))
+    product, found = a @ b.T, with_gradients(ids_of([[64]] * 2), *tensors)
+    for _ in range(3):
+        assert torch.equal(a @ b.T, product)
+        for one, other in zip(with_gradients(ids_of([[64]] * 2), *tensors), found, strict=True):
+            assert torch.equal(one, other)
 
 
 def a_compiler(path: Path, script: str) -> str:

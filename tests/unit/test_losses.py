@@ -1,9 +1,12 @@
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftlab import IGNORE_INDEX
 from ftlab.losses import ChunkedCrossEntropy, CrossEntropy, token_nll_sum
@@ -84,6 +87,24 @@ def test_chunked_loss_and_gradients_are_those_of_the_plain_one(n, chunk_tokens, 
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(chunked(*problem), plain(*problem), rtol=1e-6, atol=1e-6)
+
+
+def test_numbers_of_targets_that_are_close_make_the_same_products():
+    """A CPU or GPU prepares a kernel for each shape of a product; targets are other ones in every step."""
+
+    class Shapes(TorchDispatchMode):
+        seen: ClassVar = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.mm:
+                self.seen.update(tuple(tensor.shape) for tensor in args)
+            return func(*args, **(kwargs or {}))
+
+    loss = ChunkedCrossEntropy(label_smoothing=0.0, z_loss=0.0, chunk_tokens=128)
+    with Shapes() as shapes:
+        for n in (65, 70, 127, 128, 199, 240):
+            loss_and_gradients(loss, *random_problem(n))
+    assert {max(shape) for shape in shapes.seen} == {30, 128}
 
 
 @pytest.mark.parametrize("n", [100, 2048])
