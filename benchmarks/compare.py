@@ -136,9 +136,8 @@ class Contestant:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(
-                f"{self.name} ended early; see {self._log.name}:\n{Path(self._log.name).read_text()[-2000:]}"
-            )
+            told = f"{self.name} ended early with {self._process.wait()} (-9: killed, perhaps for want of memory)"
+            raise RuntimeError(f"{told}; see {self._log.name}:\n{Path(self._log.name).read_text()[-2000:]}")
         found: dict[str, Any] = json.loads(line)
         return found
 
