@@ -67,7 +67,8 @@ class Rotation:
         """
         cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
         first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        halves = first * cos - second * sin, second * cos + first * sin
+        return torch.cat([half.to(x.dtype) for half in halves], dim=-1)  # rounded before they are written together
 
 
 class RotaryEmbedding(nn.Module):
