@@ -181,7 +181,7 @@ class _ChunkedNLL(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight: Tensor | None = None
         # Of one size whatever the number of targets, so that the next step gets the memory of this one.
-        most_rows = min(loss.chunk_tokens, -(-len(hidden) // _ROWS_TOLD_APART) * _ROWS_TOLD_APART)
+        most_rows = min(loss.chunk_tokens, rounded_up(len(hidden), _ROWS_TOLD_APART))
         buffer = weight.new_empty(most_rows, len(weight))
         for start in range(0, len(hidden), loss.chunk_tokens):
             chunk = slice(start, start + loss.chunk_tokens)

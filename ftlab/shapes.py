@@ -7,6 +7,6 @@ as ten products of the shape take; it remembers 1,024 of them. A GPU's kernels p
 ROWS = 64
 
 
-def rounded_up(n_rows: int) -> int:
-    """The next multiple of ``ROWS``: so many rows a matrix should have that holds ``n_rows``."""
-    return -(-n_rows // ROWS) * ROWS
+def rounded_up(n_rows: int, multiple: int = ROWS) -> int:
+    """The next multiple: so many rows a matrix should have that holds ``n_rows``."""
+    return -(-n_rows // multiple) * multiple
