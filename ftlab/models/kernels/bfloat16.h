@@ -304,8 +304,7 @@ void differentiate(const Documents& all, const BFloat16* d_answer, const BFloat1
     float *scores = pieces.floats(kBlock * columns), *by_probability = pieces.floats(kBlock * columns);
     BFloat16 *probabilities = pieces.halves(kBlock * columns), *by_score = pieces.halves(kBlock * columns);
     float* by_score_pairs = pieces.floats(kBlock / 2 * columns);
-    Integers lanes;
-    for (int lane = 0; lane < kLanes; lane++) lanes[lane] = lane;
+    const Integers lanes = lane_numbers();
 
     read(k + begin * k_row + kv_head * dim, k_row, n, dim, keys);
     read(v + begin * k_row + kv_head * dim, k_row, n, dim, values);

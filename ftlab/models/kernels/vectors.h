@@ -79,11 +79,16 @@ inline Vector exponential(Vector x) {
   return y * reinterpret_cast<Vector>(power);
 }
 
+inline Integers lane_numbers() {
+  Integers lanes;
+  for (int lane = 0; lane < kLanes; lane++) lanes[lane] = lane;
+  return lanes;
+}
+
 // The lanes of x, the upper half of those that are left onto the lower, until one is left.
 template <typename Join>
 inline float joined(Vector x, Join join) {
-  Integers lanes;
-  for (int lane = 0; lane < kLanes; lane++) lanes[lane] = lane;
+  const Integers lanes = lane_numbers();
 #pragma GCC unroll 4
   for (int half = kLanes / 2; half > 0; half /= 2) x = join(x, __builtin_shuffle(x, lanes ^ half));
   return x[0];
